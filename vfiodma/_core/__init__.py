@@ -1,0 +1,1 @@
+"""The compiled core: one concept per extension module.  Use the names that the package exports instead."""

@@ -1,0 +1,106 @@
+"""Every exception of the package.  An errno becomes one of these in one place only: vfiodma._core.errno."""
+import os
+
+
+class VfioError(OSError):
+    """A failed operation on an I/O address space.
+
+    Attributes
+    ----------
+    errno : int
+        The errno that the kernel returns, or would return, for this operation.
+    operation : str
+        What was asked for, in the field's words: ``"map_dma"``, ``"unmap_dma"``, ``"allocate"``, ...
+    iova, size : int or None
+        The range concerned, in bytes; None where there is none.
+    hint : str
+        What to do about it; empty when the errno says it all.
+    """
+
+    def __init__(self, errno, message=None, *, operation="", iova=None, size=None, hint=""):
+        super().__init__(errno, message or os.strerror(errno))
+        self.operation = operation
+        self.iova = iova
+        self.size = size
+        self.hint = hint
+
+    def __str__(self):
+        place = "" if self.iova is None else f" at iova {self.iova:#x}"
+        if self.size is not None:
+            place += f" size {self.size:#x}"
+        text = f"[Errno {self.errno}] {self.operation}{place}: {self.strerror}".replace("  ", " ")
+        return f"{text}; {self.hint}" if self.hint else text
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.errno, self.strerror, self.operation, self.iova, self.size, self.hint)
+
+
+def _rebuild(cls, errno, message, operation, iova, size, hint):
+    return cls(errno, message, operation=operation, iova=iova, size=size, hint=hint)
+
+
+class InvalidArgumentError(VfioError, ValueError):
+    """EINVAL, EOVERFLOW, ERANGE, E2BIG: an argument that can't be right in this state."""
+
+
+class OverlapError(VfioError, FileExistsError):
+    """EEXIST: the range overlaps one that is in use."""
+
+
+class NotMappedError(VfioError, LookupError):
+    """ENOENT: nothing is mapped, reserved or allocated there."""
+
+
+class DmaLimitError(VfioError):
+    """ENOSPC: the container's limit of mappings is reached."""
+
+
+class IovaSpaceError(VfioError):
+    """ENOSPC: no hole of that size, alignment and limit is left in the IOVA ranges."""
+
+
+class LockedMemoryError(VfioError, MemoryError):
+    """ENOMEM: over the limit of locked memory, or out of memory."""
+
+
+class MemoryFaultError(VfioError):
+    """EFAULT: memory that is not mapped, or not with the permission needed."""
+
+
+class DmaPermissionError(VfioError, PermissionError):
+    """EPERM, EACCES: the mapping, the mode or the caller's rights forbid it."""
+
+
+class BusyError(VfioError):
+    """EBUSY: something still in use stands against it."""
+
+
+class NoDeviceError(VfioError):
+    """ENODEV, ENXIO: no such device, group or IOMMU type."""
+
+
+class UnsupportedError(VfioError, NotImplementedError):
+    """ENOTTY, EOPNOTSUPP: this backend or kernel version does not have the operation."""
+
+
+class ClosedError(VfioError, ValueError):
+    """EBADF: the object is closed, or the descriptor is not one of its own."""
+
+
+class ForkedError(ClosedError):
+    """EBADF: the object was opened before a fork and is used in the child."""
+
+
+class ProtocolError(VfioError):
+    """EPROTO, EBADMSG: a migration stream that is truncated, damaged or not ours."""
+
+
+class MigrationError(VfioError):
+    """A migration that ended without success; the source still owns the guest."""
+
+
+class MissingExtraError(ImportError):
+    """An optional library is needed; the text names the extra to install."""
+
+    def __init__(self, library, extra):
+        super().__init__(f"{library} is not installed: pip install 'vfiodma[{extra}]'", name=library)

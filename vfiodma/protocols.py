@@ -1,0 +1,143 @@
+"""What the layers expect of one another.  Structural types: nothing needs to inherit from them."""
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from .types import Capabilities, IovaRange
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """An IOMMU context that maps process memory for devices.
+
+    Methods raise VfioError and leave the state as it was.  Sizes and addresses are bytes.
+    """
+
+    def capabilities(self) -> Capabilities:
+        """Return what this context can do at this moment."""
+
+    def iova_ranges(self) -> Sequence[IovaRange]:
+        """Return the usable ranges, ascending; empty = no restriction is reported."""
+
+    def map_dma(self, iova: int, vaddr: int, size: int, prot: int) -> None:
+        """Map ``[vaddr, vaddr + size)`` at ``iova``; the memory is pinned as the backend does it."""
+
+    def unmap_dma(self, iova: int, size: int) -> int:
+        """Remove the mappings inside the range; return the bytes removed (0 = there was none)."""
+
+    def unmap_all(self) -> int:
+        """Remove every mapping; return the bytes removed."""
+
+    def close(self) -> None:
+        """Release the context; idempotent."""
+
+
+class SupportsMapMany(Protocol):
+    """Feature "map_many"."""
+
+    def map_many(self, entries: Any) -> None:
+        """Map an (n, 4) uint64 array of (iova, vaddr, size, prot), all or none, with one release of the GIL."""
+
+
+class SupportsVaddrUpdate(Protocol):
+    """Feature "vaddr": mappings survive a change of the process's addresses."""
+
+    def invalidate_vaddr(self, iova: int = 0, size: int | None = None) -> int:
+        """Declare the vaddrs of a range (None = of everything) invalid; DMA goes on.  Return the bytes."""
+
+    def update_vaddr(self, iova: int, vaddr: int, size: int) -> None:
+        """Give the invalid mapping exactly at ``iova`` its new address."""
+
+    def update_vaddr_many(self, entries: Any) -> None:
+        """The same for an (n, 3) uint64 array of (iova, vaddr, size)."""
+
+
+class SupportsDirtyTracking(Protocol):
+    """Feature "dirty": the container's own bitmap (VFIO_IOMMU_DIRTY_PAGES)."""
+
+    def start_dirty(self) -> None:
+        """Start tracking; no effect when it is on."""
+
+    def read_dirty(self, iova: int, size: int, bitmap: Any) -> None:
+        """Store the dirty bits of the range into a writable buffer of u64 words (bit 0 = page at iova), and clear them."""
+
+    def stop_dirty(self) -> None:
+        """Stop tracking; no effect when it is off."""
+
+
+class SupportsDma(Protocol):
+    """Feature "dma": the container moves bytes as an emulated device would."""
+
+    def dma_read(self, iova: int, size: int) -> bytes:
+        """Read as a device reads."""
+
+    def dma_write(self, iova: int, data: Any) -> None:
+        """Write as a device writes."""
+
+
+@runtime_checkable
+class DirtySource(Protocol):
+    """Something that knows which pages were written by DMA: a device's own log, or a container's bitmap."""
+
+    name: str
+
+    def start(self, ranges: Sequence[tuple[int, int]], pgsize: int) -> None:
+        """Start to log the (iova, size) ranges."""
+
+    def harvest(self, iova: int, size: int, into: Any) -> int:
+        """OR the bits of the range into ``into`` (u64 words, bit 0 = page at iova), clear them, return how many were set."""
+
+    def stop(self) -> None:
+        """Stop logging and forget."""
+
+
+class HasDirtySources(Protocol):
+    """A backend that can name the most exact source of dirtiness of each of its devices."""
+
+    def dirty_sources(self) -> Sequence[DirtySource]:
+        """Return one source a device, or one for all that share one."""
+
+
+@runtime_checkable
+class DmaPort(Protocol):
+    """A software device's way to memory: through its IOMMU, with faults recorded and writes logged.
+
+    Faults (nothing mapped, no permission, memory gone) never crash: the access moves nothing past the fault, is
+    recorded, and the call raises VfioError with EFAULT.
+    """
+
+    def read(self, iova: int, size: int) -> bytes:
+        """Read ``size`` bytes."""
+
+    def write(self, iova: int, data: Any) -> None:
+        """Write bytes-like ``data``."""
+
+    def write_many(self, iovas: Any, data: Any) -> int:
+        """Write row i of the 2-d byte array ``data`` to ``iovas[i]``; GIL released once.  Return rows that faulted."""
+
+
+@runtime_checkable
+class SoftwareDevice(Protocol):
+    """A device of the software backend.  Regions are numbered as for vfio-pci (0-5 BARs, 6 ROM, 7 config space)."""
+
+    address: str                        #: what GROUP_GET_DEVICE_FD is asked for, e.g. "0000:00:10.0"
+
+    def connect(self, port: DmaPort) -> None:
+        """The first descriptor of the device was opened: ``port`` is its way to memory until disconnect()."""
+
+    def disconnect(self) -> None:
+        """The last descriptor is gone; no DMA may follow."""
+
+    def region_size(self, index: int) -> int:
+        """Bytes of a region, 0 when it is not implemented."""
+
+    def region_read(self, index: int, offset: int, size: int) -> bytes:
+        """Read registers."""
+
+    def region_write(self, index: int, offset: int, data: bytes) -> None:
+        """Write registers."""
+
+    def irq_count(self, index: int) -> int:
+        """Interrupts of an index (0 INTx, 1 MSI, 2 MSI-X, 3 ERR, 4 REQ)."""
+
+    def reset(self) -> None:
+        """Bring the device back to its power-on state."""

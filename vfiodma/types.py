@@ -1,0 +1,60 @@
+"""Plain values that cross every layer."""
+import enum
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Prot(enum.IntFlag):
+    """What a device may do with mapped memory (VFIO_DMA_MAP_FLAG_READ and _WRITE)."""
+
+    READ = 1
+    WRITE = 2
+    RW = 3
+
+
+class IovaRange(NamedTuple):
+    """A range of I/O virtual addresses; both ends are part of it, so that a range may end at 2**64 - 1."""
+
+    start: int
+    last: int
+
+    @property
+    def size(self) -> int:
+        """Bytes in the range."""
+        return self.last - self.start + 1
+
+
+class Mapping(NamedTuple):
+    """A mapping as it stands in the table: ``[iova, iova + size)`` leads to ``[vaddr, vaddr + size)``."""
+
+    iova: int
+    vaddr: int
+    size: int
+    prot: Prot
+
+
+class DmaFault(NamedTuple):
+    """A DMA access that the software IOMMU refused; nothing was moved past the faulting page."""
+
+    device: str
+    iova: int
+    size: int
+    write: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do.  Ask for a feature, never for a backend's name."""
+
+    backend: str
+    pgsizes: int                        #: bitmap of page sizes, bit n = 2**n bytes
+    features: frozenset[str] = field(default_factory=frozenset)   #: "dirty", "vaddr", "map_many", "dma", "unmap_all"
+    dma_avail: int | None = None        #: mappings left; None = not reported
+    dma_entry_limit: int | None = None  #: mappings in all; None = not known
+    max_dirty_bitmap_size: int = 0      #: bytes
+
+    @property
+    def min_pgsize(self) -> int:
+        """The smallest page size, in bytes."""
+        return self.pgsizes & -self.pgsizes
