@@ -1,0 +1,74 @@
+# `make demo` and `make test` set up everything they need in $(VENV).  Needs git, make, gcc, python3 (>= 3.11) with venv and headers.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.py $(shell find csrc vfiodma -name '*.[ch]' -o -name '*.pyx' -o -name '*.pxd')
+STUBS := $(shell find vfiodma/_core -name '*.pyi' ! -name '__init__.pyi')
+
+.PHONY: all build demo test test-c test-deep lint types imports sanitize bench dist clean
+all: build
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Installed in place, so that Python files need no second install.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Building vfiodma and installing it into $(VENV): a minute or three"
+	$(PIP) install -q -e '.[cli,plot,test]'
+	@touch $@ $(VENV)/.built
+
+# After the install only what changed is compiled again.
+$(VENV)/.built: $(SOURCES) | $(VENV)/.installed
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev'], sep='\n')" >$(VENV)/dev.txt
+	$(PIP) install -q -r $(VENV)/dev.txt
+	@touch $@
+
+build: $(VENV)/.installed $(VENV)/.built
+
+demo: build
+	$(BIN)/vfiodma demo $(DEMO)
+
+test: build test-c
+	$(BIN)/python -m pytest $(PYTEST)
+
+test-c:
+	$(MAKE) --no-print-directory -C tests/c check
+
+# The longer profile of the state machines: 100,000 steps each.
+test-deep: build
+	VFIODMA_PROFILE=deep $(BIN)/python -m pytest --timeout=0 tests/property tests/stateful tests/conformance $(PYTEST)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	PATH="$(abspath $(BIN)):$$PATH" cython-lint vfiodma
+
+types: build $(VENV)/.dev
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest --concise --mypy-config-file pyproject.toml --allowlist tools/stubtest-allowlist.txt \
+	  --ignore-unused-allowlist --ignore-missing-stub $(subst /,.,$(STUBS:.pyi=))
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+# C unit tests and a short property run under ASan + UBSan, the threaded C tests under TSan.
+sanitize: build
+	$(MAKE) --no-print-directory -C tests/c MODE=asan check
+	$(MAKE) --no-print-directory -C tests/c MODE=tsan check
+	tools/sanitize.sh $(BIN)/python
+
+bench: build
+	$(BIN)/python -m pytest benchmarks -o timeout=0 $(PYTEST)
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks .hypothesis
+	find vfiodma -name '*.so' -delete
+	rm -f $(VENV)/.installed $(VENV)/.built $(VENV)/.dev
