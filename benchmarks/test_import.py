@@ -8,7 +8,8 @@ MEASURE = "import time; start = time.perf_counter(); import {}; print((time.perf
 
 
 def import_ms(module):
-    return float(subprocess.run([sys.executable, "-c", MEASURE.format(module)], check=True, capture_output=True, text=True).stdout)
+    command = [sys.executable, "-c", MEASURE.format(module)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def test_import_vfiodma(benchmark):

@@ -3,7 +3,8 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+COMMON = {"deadline": None, "print_blob": True,
+          "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", settings(max_examples=100, stateful_step_count=50, **COMMON))
 settings.register_profile("short", settings(max_examples=20, stateful_step_count=30, **COMMON))
 # 1,000 runs of 100 steps: 100,000 steps of each state machine.

@@ -20,7 +20,8 @@ ALLOWED = {
     "protocols": LEAVES,
     "_core": LEAVES | {"uapi"},
     "backends": PLAIN | {"_core"},
-    "address_space": MIDDLE | {"backends"}, "memory": MIDDLE, "devices": MIDDLE,     # of backends only open_backend: see below
+    "address_space": MIDDLE | {"backends"},         # of backends only open_backend: see below
+    "memory": MIDDLE, "devices": MIDDLE,
     "migration": MIDDLE, "liveupdate": MIDDLE,
     "serve": MIDDLE | {"backends"},
     "cli": MIDDLE | {"backends", "migration", "liveupdate", "serve", "testing"},
@@ -29,7 +30,8 @@ ALLOWED = {
 TOP = {"cli", "testing"}        # may use the public names of `vfiodma` itself
 
 CYTHON_IMPORT = re.compile(
-    r"^\s*(?:from\s+(?P<source>[.\w]+)\s+c?import\s+\(?(?P<names>[^#\n]*)|c?import\s+(?P<modules>[^#\n]+))", re.MULTILINE)
+    r"^\s*(?:from\s+(?P<source>[.\w]+)\s+c?import\s+\(?(?P<names>[^#\n]*)|c?import\s+(?P<modules>[^#\n]+))",
+    re.MULTILINE)
 
 
 def module_of(path):
@@ -47,8 +49,9 @@ def absolute(source, importer, is_package):
 
 
 def type_checking_blocks(tree):
-    return {id(inner) for node in ast.walk(tree)
-            if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING") for inner in ast.walk(node)}
+    blocks = [node for node in ast.walk(tree)
+              if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")]
+    return {id(inner) for block in blocks for inner in ast.walk(block)}
 
 
 def statements(path):
@@ -149,8 +152,8 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("name", ["RangeMap", "IovaAllocator", "DirtyBitmap", "DirtyLog", "SoftwareVfio", "SoftwareGroup",
-                                  "IoAddressSpace", "GuestMemory", "open_backend", "VfioError"])
+@pytest.mark.parametrize("name", ["RangeMap", "IovaAllocator", "DirtyBitmap", "DirtyLog", "SoftwareVfio",
+                                  "SoftwareGroup", "IoAddressSpace", "GuestMemory", "open_backend", "VfioError"])
 def test_public_name_is_imported_without_numpy(name):
     result = run(f"import sys, vfiodma; vfiodma.{name}; assert 'numpy' not in sys.modules")
     assert result.returncode == 0, result.stderr

@@ -1,7 +1,8 @@
 """vfiodma: a VFIO DMA mapping engine.
 
 One I/O address space API (allocate, map, translate, track dirty pages, migrate) over exchangeable backends, with an
-exact in-process software IOMMU as the default.  Names are imported on first use, so that ``import vfiodma`` stays cheap.
+exact in-process software IOMMU as the default.  Names are imported on first use, so that ``import vfiodma`` stays
+cheap.
 """
 import importlib
 import logging

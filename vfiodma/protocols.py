@@ -58,7 +58,7 @@ class SupportsDirtyTracking(Protocol):
         """Start tracking; no effect when it is on."""
 
     def read_dirty(self, iova: int, size: int, bitmap: Any) -> None:
-        """Store the dirty bits of the range into a writable buffer of u64 words (bit 0 = page at iova), and clear them."""
+        """Store the dirty bits of the range into a buffer of u64 words (bit 0 = page at iova), and clear them."""
 
     def stop_dirty(self) -> None:
         """Stop tracking; no effect when it is off."""
@@ -84,7 +84,7 @@ class DirtySource(Protocol):
         """Start to log the (iova, size) ranges."""
 
     def harvest(self, iova: int, size: int, into: Any) -> int:
-        """OR the bits of the range into ``into`` (u64 words, bit 0 = page at iova), clear them, return how many were set."""
+        """OR the bits of the range into ``into`` (u64 words, bit 0 = page at iova), clear them, return their number."""
 
     def stop(self) -> None:
         """Stop logging and forget."""
