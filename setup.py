@@ -11,7 +11,7 @@ KERNELS = {
     "iova": ["gaps", "rangemap"],
     "bitmap": ["bitmap", "bitmap_x86", "bitmap_arm", "dirtylog"],
     "copy": ["copy"],
-    "memory": ["usercopy", "pin"],
+    "memory": ["usercopy"],
     "dma": ["rangemap", "usercopy", "pin", "bitmap", "bitmap_x86", "bitmap_arm", "dirtylog"],
     "type1": ["rangemap", "usercopy", "pin", "bitmap", "bitmap_x86", "bitmap_arm"],
 }

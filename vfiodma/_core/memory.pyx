@@ -1,0 +1,74 @@
+"""Access to this process's memory by address, checked by the kernel: a bad address is EFAULT, never a crash."""
+from libc.stdint cimport uint64_t
+from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_AS_STRING
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer
+
+from .errno cimport raise_errno
+
+cdef extern from "usercopy.h" nogil:
+    int user_read(void *dst, uint64_t src, size_t n)
+    int user_write(uint64_t dst, const void *src, size_t n)
+
+
+def read_memory(uint64_t address, size_t size):
+    """Copy bytes from an address of this process.
+
+    Parameters
+    ----------
+    address : int
+        Where to read.
+    size : int
+        Bytes.
+
+    Returns
+    -------
+    bytes
+
+    Raises
+    ------
+    MemoryFaultError
+        EFAULT: some byte can't be read.
+
+    Notes
+    -----
+    The GIL is released while copying.  Source: process_vm_readv(2).
+    """
+    cdef bytes data = PyBytes_FromStringAndSize(NULL, size)
+    cdef char *to = PyBytes_AS_STRING(data)
+    cdef int err
+    with nogil:
+        err = user_read(to, address, size)
+    if err:
+        raise_errno(-err, "read_memory", None, size, f"address {address:#x} is not readable memory of this process")
+    return data
+
+
+def write_memory(uint64_t address, data):
+    """Copy a bytes-like object to an address of this process.
+
+    Parameters
+    ----------
+    address : int
+        Where to write.
+    data : bytes-like
+        What to write.
+
+    Raises
+    ------
+    MemoryFaultError
+        EFAULT: some byte can't be written; those before it were.
+
+    Notes
+    -----
+    The GIL is released while copying.  Source: process_vm_writev(2).
+    """
+    cdef Py_buffer view
+    cdef int err
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        with nogil:
+            err = user_write(address, view.buf, view.len)
+        if err:
+            raise_errno(-err, "write_memory", None, view.len, f"address {address:#x} is not writable memory of this process")
+    finally:
+        PyBuffer_Release(&view)
