@@ -52,7 +52,7 @@ def of_kind(kind):
 def expected_field(entry):
     length = entry["array"][0] if "array" in entry else None
     return layout.Field(
-        name=entry["name"], offset=entry["offset"], size=entry["size"], type=entry["type"], count=length,
+        name=entry["name"], offset=entry["offset"], size=entry["size"], type=entry["type"], length=length,
         element_size=entry.get("element_size") or entry["size"] // (length or 1),
         flexible=entry.get("flexible", False), union_member=entry.get("union_member", False))
 

@@ -147,7 +147,9 @@ IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED = 1 << 3
 iommu_hw_info = Layout("iommu_hw_info", 40,
     "0:u32 size; 4:u32 flags; 8:u32 dev_id; 12:u32 data_len; 16:u64 data_uptr; 24:|u32 in_data_type; "
     "24:|u32 out_data_type; 28:u8 out_max_pasid_log2; 29:u8[3] __reserved; 32:u64 out_capabilities", minimum=32, older={
-    "6.12": (40, "0:u32 size; 4:u32 flags; 8:u32 dev_id; 12:u32 data_len; 16:u64 data_uptr; 24:u32 out_data_type; 28:u8 out_max_pasid_log2; 29:u8[3] __reserved; 32:u64 out_capabilities"),
+    "6.12": (40,
+        "0:u32 size; 4:u32 flags; 8:u32 dev_id; 12:u32 data_len; 16:u64 data_uptr; 24:u32 out_data_type; "
+        "28:u8 out_max_pasid_log2; 29:u8[3] __reserved; 32:u64 out_capabilities"),
 })
 
 # enum iommu_hw_info_vtd_flags: iommu_hw_info_vtd.flags

@@ -53,22 +53,22 @@ def _version(kernel: str) -> tuple[int, ...]:
 class Field(NamedTuple):
     """One member: offset and sizes in bytes, type as declared (``u32``, ``struct vfio_bitmap``, ``union``).
 
-    ``count`` and ``element_size`` describe an array; a flexible one has size 0 and count 0.
+    ``length`` and ``element_size`` describe an array; a flexible one has size 0 and length 0.
     """
 
     name: str
     offset: int
     size: int
     type: str
-    count: int | None = None        # of an array
+    length: int | None = None       # of an array, in elements
     element_size: int = 0
     flexible: bool = False
     union_member: bool = False
 
     def _get(self, buffer, start: int, count: int | None):
-        if self.count is None:
+        if self.length is None:
             return self._get_one(buffer, start)
-        n = (count or 0) if self.flexible else self.count
+        n = (count or 0) if self.flexible else self.length
         if self.type == "u8":
             return struct.unpack_from(f"{n}s", buffer, start)[0]
         return tuple(self._get_one(buffer, start + i * self.element_size) for i in range(n))
@@ -79,11 +79,11 @@ class Field(NamedTuple):
         return _declared[self.type.removeprefix("struct ")].unpack_from(buffer, start)
 
     def _put(self, buffer, start: int, value) -> None:
-        if self.count is None:
+        if self.length is None:
             self._put_one(buffer, start, value)
             return
-        if not self.flexible and len(value) != self.count:
-            raise ValueError(f"{self.name} takes {self.count} elements, not {len(value)}")
+        if not self.flexible and len(value) != self.length:
+            raise ValueError(f"{self.name} takes {self.length} elements, not {len(value)}")
         for i, element in enumerate(value):
             self._put_one(buffer, start + i * self.element_size, element)
 
@@ -204,7 +204,7 @@ class Layout:
 
     @cached_property
     def _plain(self) -> tuple[Field, ...]:
-        return tuple(f for f in self.fields if f.type in _SCALARS and f.type != "le64" and f.count is None
+        return tuple(f for f in self.fields if f.type in _SCALARS and f.type != "le64" and f.length is None
                      and not f.union_member)
 
     @cached_property
@@ -253,10 +253,10 @@ def _parse(text: str) -> Field:
     shown = kind if kind in _SCALARS else f"struct {kind}"
     if array is None:
         return Field(name, int(place), element, shown, None, element, False, member)
-    count = int(array or 0)
-    return Field(name, int(place), element * count, shown, count, element, not array, member)
+    elements = int(array or 0)
+    return Field(name, int(place), element * elements, shown, elements, element, not array, member)
 
 
 def _numpy_format(field: Field):
     base = _SCALARS[field.type][2] if field.type in _SCALARS else _declared[field.type.removeprefix("struct ")].dtype
-    return base if field.count is None else (base, (field.count,))
+    return base if field.length is None else (base, (field.length,))

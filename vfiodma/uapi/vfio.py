@@ -428,7 +428,10 @@ vfio_device_gfx_plane_info = Layout("vfio_device_gfx_plane_info", 64,
     "0:u32 argsz; 4:u32 flags; 8:u32 drm_plane_type; 12:u32 drm_format; 16:u64 drm_format_mod; 24:u32 width; "
     "28:u32 height; 32:u32 stride; 36:u32 size; 40:u32 x_pos; 44:u32 y_pos; 48:u32 x_hot; 52:u32 y_hot; "
     "56:|u32 region_index; 56:|u32 dmabuf_id; 60:u32 reserved", older={
-    "6.1": (64, "0:u32 argsz; 4:u32 flags; 8:u32 drm_plane_type; 12:u32 drm_format; 16:u64 drm_format_mod; 24:u32 width; 28:u32 height; 32:u32 stride; 36:u32 size; 40:u32 x_pos; 44:u32 y_pos; 48:u32 x_hot; 52:u32 y_hot; 56:|u32 region_index; 56:|u32 dmabuf_id"),
+    "6.1": (64,
+        "0:u32 argsz; 4:u32 flags; 8:u32 drm_plane_type; 12:u32 drm_format; 16:u64 drm_format_mod; 24:u32 width; "
+        "28:u32 height; 32:u32 stride; 36:u32 size; 40:u32 x_pos; 44:u32 y_pos; 48:u32 x_hot; 52:u32 y_hot; "
+        "56:|u32 region_index; 56:|u32 dmabuf_id"),
 })
 
 # vfio_region_gfx_edid.link_state
