@@ -126,7 +126,7 @@ def test_ioctl_has_the_kernel_number(name):
 
 
 def test_enums_are_the_kernels():
-    assert ENUMS == DATA["enums"]
+    assert DATA["enums"] == ENUMS
     for members in ENUMS.values():
         for name, value in members.items():
             assert NAMES[name] == value
