@@ -1,0 +1,788 @@
+/*
+ * Ordered map of disjoint ranges: a B+tree of 512-byte nodes.
+ *
+ * A leaf holds up to 20 entries, an inner node up to 32 children and, between each two, a separator.  Invariant: every entry
+ * lies wholly between the separators around its leaf, [low, high).  Removals leave a separator lower than the first start
+ * to its right, and a later entry to its left may then span it; insert raises the separator first.  So whoever
+ * looks for an address needs one leaf only.
+ *
+ * Readers beside writers.  In-place changes of one leaf make its version odd meanwhile; everything that moves entries between
+ * leaves, or changes a separator, a link or the root, makes the map's structure sequence odd meanwhile.  Readers check both
+ * and try again; after 64 vain attempts they take the mutex.  Nodes come from a pool that returns memory only with
+ * the map, so that a pointer read a moment ago always leads to a node.  No two readers disturb each other.
+ */
+#include "rangemap.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
+/* Vector loads of data that a writer may be changing can't be declared atomic, so ThreadSanitizer sees the scalar level. */
+#define VECTORS 1
+#include <immintrin.h>
+#endif
+
+enum {
+    LEAF = 20, LEAF_MIN = 8, LEAF_MERGED = 16, LEAF_BUILT = 18,
+    FANOUT = 32, INNER_MIN = 10, INNER_MERGED = 24, INNER_BUILT = 28,
+    HEIGHT = 16,                /* 2^16 at the least branching of 2, in practice 10^16 entries */
+    RETRIES = 64,
+};
+
+typedef struct {
+    uint64_t last, value;
+} tail;
+
+typedef union node node;
+
+typedef struct leaf {
+    uint32_t version, count;
+    struct leaf *next;
+    uint64_t unused[2];
+    uint64_t start[LEAF];
+    tail tail[LEAF];            /* beside each other: a hit needs one cache line of these */
+} leaf;
+
+typedef struct {
+    uint64_t key[FANOUT - 1];   /* key[i] lies above every `last` under child[i] and is at most the first start under child[i + 1] */
+    uint32_t count, unused;     /* of children; in the same line as the last keys */
+    node *child[FANOUT];
+} inner;
+
+union node {
+    leaf leaf;
+    inner inner;
+    node *free;
+};
+_Static_assert(sizeof(node) == 512, "node");
+
+typedef struct {
+    inner *node[HEIGHT + 1];    /* by level; leaves are level 0 */
+    unsigned slot[HEIGHT + 1];
+} path;
+
+typedef struct {
+    leaf *(*locate)(const rangemap *, uint64_t key, path *, unsigned *rank);
+    int (*find)(const rangemap *, uint64_t key, rangemap_entry *);
+    int (*lower)(const rangemap *, uint64_t key, rangemap_entry *);
+    size_t (*find_many)(rangemap *, const uint64_t *, uint64_t *, size_t, uint64_t);
+} operations;
+
+struct rangemap {
+    /* what readers need, in a line of its own */
+    const operations *operations;
+    uint64_t structure;
+    node *root;
+    unsigned height;
+    /* what writers change all the time */
+    _Alignas(64) pthread_mutex_t mutex;
+    size_t count;
+    node *free;                 /* nodes given back */
+    node *fresh;                /* the part of chunk[current] never given out since the last clear */
+    size_t nfresh, nfree;
+    unsigned current, nchunks;
+    struct { node *nodes; size_t n; } chunk[64];
+};
+
+/*
+ * Accesses that race by design.  ThreadSanitizer does not model fences, so it gets ordered accesses in their place.
+ */
+#ifdef __SANITIZE_THREAD__
+#define GET(x) __atomic_load_n(&(x), __ATOMIC_ACQUIRE)
+#define PUT(x, v) __atomic_store_n(&(x), (v), __ATOMIC_RELEASE)
+#define READ_FENCE() ((void)0)
+#define WRITE_FENCE() ((void)0)
+#else
+#define GET(x) __atomic_load_n(&(x), __ATOMIC_RELAXED)
+#define PUT(x, v) __atomic_store_n(&(x), (v), __ATOMIC_RELAXED)
+#define READ_FENCE() __atomic_thread_fence(__ATOMIC_ACQUIRE)
+#define WRITE_FENCE() __atomic_thread_fence(__ATOMIC_RELEASE)
+#endif
+
+static inline void move_words(void *to, const void *from, size_t bytes)
+{
+#ifdef __SANITIZE_THREAD__
+    uint64_t *t = to;
+    const uint64_t *f = from;
+    size_t n = bytes / 8;
+    if (t < f)
+        for (size_t i = 0; i < n; i++)
+            PUT(t[i], f[i]);
+    else
+        for (size_t i = n; i-- > 0;)
+            PUT(t[i], f[i]);
+#else
+    memmove(to, from, bytes);
+#endif
+}
+
+static inline bool structure_changed(const rangemap *map, uint64_t seq)
+{
+    READ_FENCE();
+    return GET(map->structure) != seq;
+}
+
+/* True too if the version was odd to begin with. */
+static inline bool leaf_changed(const leaf *at, uint32_t version)
+{
+    READ_FENCE();
+    return version & 1 || GET(at->version) != version;
+}
+
+static inline rangemap_entry leaf_get(const leaf *at, unsigned i)
+{
+    return (rangemap_entry){GET(at->start[i]), GET(at->tail[i].last), GET(at->tail[i].value)};
+}
+
+#define LEVEL 0
+#define TARGET
+#define FN(name) name##_scalar
+#include "rangemap_impl.h"
+#ifdef VECTORS
+#undef LEVEL
+#undef TARGET
+#undef FN
+#define LEVEL 1
+#define TARGET __attribute__((target("avx2,bmi,bmi2,popcnt")))
+#define FN(name) name##_avx2
+#include "rangemap_impl.h"
+#undef LEVEL
+#undef TARGET
+#undef FN
+#define LEVEL 2
+#define TARGET __attribute__((target("avx512f,avx512vl,avx2,bmi,bmi2,popcnt")))
+#define FN(name) name##_avx512
+#include "rangemap_impl.h"
+#endif
+
+static const operations *choose(void)
+{
+#ifdef VECTORS
+    const char *limit = getenv("VFIODMA_CPU");
+    bool scalar = limit && !strcmp(limit, "scalar"), avx2 = limit && !strcmp(limit, "avx2");
+    __builtin_cpu_init();
+    if (!scalar && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")) {
+        if (!avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
+            return &operations_avx512;
+        return &operations_avx2;
+    }
+#endif
+    return &operations_scalar;
+}
+
+/* ---- node pool ---- */
+
+/* Make sure that n nodes can be taken without failing. */
+static int pool_reserve(rangemap *map, size_t n)
+{
+    while (map->nfree + map->nfresh < n) {
+        /* What is left of the current chunk goes to the free list, so that `fresh` is one piece. */
+        for (; map->nfresh; map->nfresh--, map->fresh++, map->nfree++) {
+            PUT(map->fresh->free, map->free);
+            map->free = map->fresh;
+        }
+        unsigned next = map->nchunks ? map->current + 1 : 0;
+        if (next == map->nchunks) {
+            size_t nodes = next < 10 ? (size_t)8 << next : 4096;      /* 4 KiB, doubling up to 2 MiB */
+            if (nodes < n && next >= 10)
+                nodes = (n + 4095) / 4096 * 4096;
+            if (next == sizeof(map->chunk) / sizeof(map->chunk[0]))
+                return -ENOMEM;
+            node *fresh = aligned_alloc(64, nodes * sizeof(node));
+            if (!fresh)
+                return -ENOMEM;
+            map->chunk[next].nodes = fresh;
+            map->chunk[next].n = nodes;
+            map->nchunks++;
+        }
+        map->current = next;
+        map->fresh = map->chunk[next].nodes;
+        map->nfresh = map->chunk[next].n;
+    }
+    return 0;
+}
+
+static node *pool_take(rangemap *map)
+{
+    if (map->free) {
+        node *taken = map->free;
+        map->free = taken->free;
+        map->nfree--;
+        return taken;
+    }
+    map->nfresh--;
+    return map->fresh++;
+}
+
+static void pool_give(rangemap *map, node *given)
+{
+    PUT(given->free, map->free);
+    map->free = given;
+    map->nfree++;
+}
+
+static leaf *leaf_new(rangemap *map)
+{
+    leaf *fresh = &pool_take(map)->leaf;
+    PUT(fresh->version, 0);
+    PUT(fresh->count, 0);
+    PUT(fresh->next, NULL);
+    return fresh;
+}
+
+/* ---- writers ---- */
+
+static void structure_begin(rangemap *map)
+{
+    PUT(map->structure, map->structure + 1);
+    WRITE_FENCE();
+}
+
+static void structure_end(rangemap *map)
+{
+    __atomic_store_n(&map->structure, map->structure + 1, __ATOMIC_RELEASE);
+}
+
+static void leaf_begin(leaf *at)
+{
+    PUT(at->version, at->version + 1);
+    WRITE_FENCE();
+}
+
+static void leaf_end(leaf *at)
+{
+    __atomic_store_n(&at->version, at->version + 1, __ATOMIC_RELEASE);
+}
+
+static void leaf_put(leaf *at, unsigned i, rangemap_entry entry)
+{
+    unsigned after = at->count - i;
+    move_words(at->start + i + 1, at->start + i, after * sizeof(at->start[0]));
+    move_words(at->tail + i + 1, at->tail + i, after * sizeof(at->tail[0]));
+    PUT(at->start[i], entry.start);
+    PUT(at->tail[i].last, entry.last);
+    PUT(at->tail[i].value, entry.value);
+    PUT(at->count, at->count + 1);
+}
+
+static void leaf_drop(leaf *at, unsigned i)
+{
+    unsigned after = at->count - i - 1;
+    move_words(at->start + i, at->start + i + 1, after * sizeof(at->start[0]));
+    move_words(at->tail + i, at->tail + i + 1, after * sizeof(at->tail[0]));
+    PUT(at->count, at->count - 1);
+}
+
+/* Copy n entries; the two leaves differ or the pieces do not overlap the wrong way. */
+static void leaf_move(leaf *to, unsigned i, const leaf *from, unsigned j, unsigned n)
+{
+    move_words(to->start + i, from->start + j, n * sizeof(to->start[0]));
+    move_words(to->tail + i, from->tail + j, n * sizeof(to->tail[0]));
+}
+
+static void inner_put(inner *at, unsigned slot, uint64_t key, node *right)
+{
+    unsigned after = at->count - slot - 1;
+    move_words(at->key + slot + 1, at->key + slot, after * sizeof(at->key[0]));
+    move_words(at->child + slot + 2, at->child + slot + 1, after * sizeof(at->child[0]));
+    PUT(at->key[slot], key);
+    PUT(at->child[slot + 1], right);
+    PUT(at->count, at->count + 1);
+}
+
+/* Put `right` after the child at way->slot[level], splitting upwards.  The nodes needed are reserved. */
+static void child_insert(rangemap *map, path *way, unsigned level, uint64_t key, node *right)
+{
+    if (level > map->height) {
+        inner *top = &pool_take(map)->inner;
+        PUT(top->count, 1);
+        PUT(top->child[0], map->root);
+        inner_put(top, 0, key, right);
+        PUT(map->root, (node *)top);
+        PUT(map->height, level);
+        return;
+    }
+    inner *at = way->node[level];
+    unsigned slot = way->slot[level];
+    if (at->count < FANOUT) {
+        inner_put(at, slot, key, right);
+        return;
+    }
+    /* Entries that come in ascending order leave full nodes behind. */
+    unsigned keep = slot == FANOUT - 1 ? INNER_BUILT : FANOUT / 2;
+    inner *half = &pool_take(map)->inner;
+    uint64_t up = at->key[keep - 1];
+    move_words(half->key, at->key + keep, (FANOUT - 1 - keep) * sizeof(at->key[0]));
+    move_words(half->child, at->child + keep, (FANOUT - keep) * sizeof(at->child[0]));
+    PUT(half->count, FANOUT - keep);
+    PUT(at->count, keep);
+    if (slot < keep)
+        inner_put(at, slot, key, right);
+    else
+        inner_put(half, slot - keep, key, right);
+    child_insert(map, way, level + 1, up, (node *)half);
+}
+
+static int leaf_split(rangemap *map, path *way, leaf *at, unsigned rank, rangemap_entry entry)
+{
+    int err = pool_reserve(map, map->height + 2);
+    if (err)
+        return err;
+
+    bool append = rank == LEAF && !at->next;
+    unsigned keep = append ? LEAF : LEAF / 2;
+    structure_begin(map);
+    leaf *right = leaf_new(map);
+    leaf_move(right, 0, at, keep, LEAF - keep);
+    PUT(right->count, LEAF - keep);
+    PUT(right->next, at->next);
+    PUT(at->next, right);
+    PUT(at->count, keep);
+    if (rank <= keep && !append)
+        leaf_put(at, rank, entry);
+    else
+        leaf_put(right, rank - keep, entry);
+    child_insert(map, way, 1, right->start[0], (node *)right);
+    structure_end(map);
+    return 0;
+}
+
+static int insert(rangemap *map, rangemap_entry entry)
+{
+    path way;
+    unsigned rank;
+    leaf *at = map->operations->locate(map, entry.start, &way, &rank);
+    int err;
+
+    if (rank && at->tail[rank - 1].last >= entry.start)
+        return -EEXIST;
+    if (rank < at->count) {
+        if (at->start[rank] <= entry.last)
+            return -EEXIST;
+    } else if (at->next) {
+        /* The separator above this leaf is in the lowest ancestor that goes on to the right. */
+        unsigned level = 1;
+        while (way.slot[level] == way.node[level]->count - 1)
+            level++;
+        uint64_t *separator = &way.node[level]->key[way.slot[level]];
+        if (entry.last >= *separator) {
+            if (at->next->start[0] <= entry.last)
+                return -EEXIST;
+            structure_begin(map);
+            PUT(*separator, entry.last + 1);
+            structure_end(map);
+        }
+    }
+    if (at->count == LEAF) {
+        err = leaf_split(map, &way, at, rank, entry);
+        if (err)
+            return err;
+    } else {
+        leaf_begin(at);
+        leaf_put(at, rank, entry);
+        leaf_end(at);
+    }
+    PUT(map->count, map->count + 1);
+    return 0;
+}
+
+static void child_remove(rangemap *map, path *way, unsigned level, unsigned slot);
+
+/* Join the inner node at `level` with a neighbour, or share children evenly. */
+static void inner_balance(rangemap *map, path *way, unsigned level)
+{
+    inner *above = way->node[level + 1];
+    unsigned slot = way->slot[level + 1], first = slot ? slot - 1 : 0;
+    inner *left = &above->child[first]->inner, *right = &above->child[first + 1]->inner;
+    unsigned total = left->count + right->count;
+    uint64_t key[2 * FANOUT];
+    node *child[2 * FANOUT];
+
+    memcpy(key, left->key, (left->count - 1) * sizeof(key[0]));
+    key[left->count - 1] = above->key[first];
+    memcpy(key + left->count, right->key, (right->count - 1) * sizeof(key[0]));
+    memcpy(child, left->child, left->count * sizeof(child[0]));
+    memcpy(child + left->count, right->child, right->count * sizeof(child[0]));
+
+    unsigned keep = total <= INNER_MERGED ? total : total / 2;
+    move_words(left->key, key, (keep - 1) * sizeof(key[0]));
+    move_words(left->child, child, keep * sizeof(child[0]));
+    PUT(left->count, keep);
+    if (keep == total) {
+        child_remove(map, way, level + 1, first + 1);
+        pool_give(map, (node *)right);
+        return;
+    }
+    PUT(above->key[first], key[keep - 1]);
+    move_words(right->key, key + keep, (total - keep - 1) * sizeof(key[0]));
+    move_words(right->child, child + keep, (total - keep) * sizeof(child[0]));
+    PUT(right->count, total - keep);
+}
+
+/* Take child `slot` (not the first) and the separator before it out of the node at `level`. */
+static void child_remove(rangemap *map, path *way, unsigned level, unsigned slot)
+{
+    inner *at = way->node[level];
+    unsigned after = at->count - slot - 1;
+
+    move_words(at->key + slot - 1, at->key + slot, after * sizeof(at->key[0]));
+    move_words(at->child + slot, at->child + slot + 1, after * sizeof(at->child[0]));
+    PUT(at->count, at->count - 1);
+    if (level < map->height) {
+        if (at->count < INNER_MIN)
+            inner_balance(map, way, level);
+    } else if (at->count == 1) {
+        PUT(map->root, at->child[0]);
+        PUT(map->height, map->height - 1);
+        pool_give(map, (node *)at);
+    }
+}
+
+/* The same for leaves, whose way is `way`. */
+static void leaf_balance(rangemap *map, path *way)
+{
+    inner *above = way->node[1];
+    unsigned slot = way->slot[1], first = slot ? slot - 1 : 0;
+    leaf *left = &above->child[first]->leaf, *right = &above->child[first + 1]->leaf;
+    unsigned total = left->count + right->count, keep = total / 2;
+
+    structure_begin(map);
+    if (total <= LEAF_MERGED) {
+        leaf_move(left, left->count, right, 0, right->count);
+        PUT(left->count, total);
+        PUT(left->next, right->next);
+        child_remove(map, way, 1, first + 1);
+        pool_give(map, (node *)right);
+    } else {
+        if (left->count < keep) {
+            unsigned n = keep - left->count;
+            leaf_move(left, left->count, right, 0, n);
+            leaf_move(right, 0, right, n, right->count - n);
+        } else {
+            unsigned n = left->count - keep;
+            leaf_move(right, n, right, 0, right->count);
+            leaf_move(right, 0, left, keep, n);
+        }
+        PUT(left->count, keep);
+        PUT(right->count, total - keep);
+        PUT(above->key[first], right->start[0]);
+    }
+    structure_end(map);
+}
+
+static int remove_start(rangemap *map, uint64_t start, rangemap_entry *out)
+{
+    path way;
+    unsigned rank;
+    leaf *at = map->operations->locate(map, start, &way, &rank);
+
+    if (!rank || at->start[rank - 1] != start)
+        return -ENOENT;
+    if (out)
+        *out = leaf_get(at, rank - 1);
+    leaf_begin(at);
+    leaf_drop(at, rank - 1);
+    leaf_end(at);
+    PUT(map->count, map->count - 1);
+    if (at->count < LEAF_MIN && map->height)
+        leaf_balance(map, &way);
+    return 0;
+}
+
+/* ---- public ---- */
+
+rangemap *rangemap_new(void)
+{
+    rangemap *map = aligned_alloc(64, (sizeof(*map) + 63) / 64 * 64);
+    if (!map)
+        return NULL;
+    memset(map, 0, sizeof(*map));
+    map->operations = choose();
+    if (pool_reserve(map, 1)) {
+        free(map);
+        return NULL;
+    }
+    map->root = (node *)leaf_new(map);
+    pthread_mutex_init(&map->mutex, NULL);
+    return map;
+}
+
+void rangemap_free(rangemap *map)
+{
+    if (!map)
+        return;
+    pthread_mutex_destroy(&map->mutex);
+    for (unsigned i = 0; i < map->nchunks; i++)
+        free(map->chunk[i].nodes);
+    free(map);
+}
+
+int rangemap_insert(rangemap *map, uint64_t start, uint64_t last, uint64_t value)
+{
+    if (last < start)
+        return -EINVAL;
+    pthread_mutex_lock(&map->mutex);
+    int err = insert(map, (rangemap_entry){start, last, value});
+    pthread_mutex_unlock(&map->mutex);
+    return err;
+}
+
+int rangemap_remove(rangemap *map, uint64_t start, rangemap_entry *out)
+{
+    pthread_mutex_lock(&map->mutex);
+    int err = remove_start(map, start, out);
+    pthread_mutex_unlock(&map->mutex);
+    return err;
+}
+
+int rangemap_set_value(rangemap *map, uint64_t start, uint64_t value)
+{
+    path way;
+    unsigned rank;
+    int err = -ENOENT;
+
+    pthread_mutex_lock(&map->mutex);
+    leaf *at = map->operations->locate(map, start, &way, &rank);
+    if (rank && at->start[rank - 1] == start) {
+        /* One word: readers see the old or the new value, and need not try again. */
+        PUT(at->tail[rank - 1].value, value);
+        err = 0;
+    }
+    pthread_mutex_unlock(&map->mutex);
+    return err;
+}
+
+/* Search without the lock, or with it when writers keep coming between. */
+static inline bool search(rangemap *map, int (*once)(const rangemap *, uint64_t, rangemap_entry *), uint64_t key,
+                          rangemap_entry *out)
+{
+    rangemap_entry ignored;
+    int found;
+
+    if (!out)
+        out = &ignored;
+    for (int i = 0; i < RETRIES; i++) {
+        found = once(map, key, out);
+        if (__builtin_expect(found >= 0, 1))
+            return found;
+    }
+    pthread_mutex_lock(&map->mutex);
+    found = once(map, key, out);
+    pthread_mutex_unlock(&map->mutex);
+    return found;
+}
+
+bool rangemap_find(rangemap *map, uint64_t key, rangemap_entry *out)
+{
+    return search(map, map->operations->find, key, out);
+}
+
+bool rangemap_lower(rangemap *map, uint64_t key, rangemap_entry *out)
+{
+    return search(map, map->operations->lower, key, out);
+}
+
+bool rangemap_overlaps(rangemap *map, uint64_t start, uint64_t last)
+{
+    rangemap_entry entry;
+    return rangemap_lower(map, start, &entry) && entry.start <= last;
+}
+
+size_t rangemap_count(rangemap *map)
+{
+    return GET(map->count);
+}
+
+void rangemap_clear(rangemap *map)
+{
+    pthread_mutex_lock(&map->mutex);
+    structure_begin(map);
+    map->free = NULL;
+    map->nfree = 0;
+    map->current = 0;
+    map->fresh = map->chunk[0].nodes;
+    map->nfresh = map->chunk[0].n;
+    PUT(map->root, (node *)leaf_new(map));
+    PUT(map->height, 0);
+    PUT(map->count, 0);
+    structure_end(map);
+    pthread_mutex_unlock(&map->mutex);
+}
+
+size_t rangemap_copy(rangemap *map, uint64_t key, rangemap_entry *out, size_t n)
+{
+    path way;
+    unsigned rank;
+    size_t copied = 0;
+
+    pthread_mutex_lock(&map->mutex);
+    leaf *at = map->operations->locate(map, key, &way, &rank);
+    if (rank && at->tail[rank - 1].last >= key)
+        rank--;
+    for (; at && copied < n; at = at->next, rank = 0)
+        for (; rank < at->count && copied < n; rank++)
+            out[copied++] = leaf_get(at, rank);
+    pthread_mutex_unlock(&map->mutex);
+    return copied;
+}
+
+/* How many children or entries the next of `left` nodes gets when `n` are to be spread over them. */
+static size_t share(size_t n, size_t left)
+{
+    return (n + left - 1) / left;
+}
+
+int rangemap_build(rangemap *map, const rangemap_entry *entries, size_t n)
+{
+    bool wrong = n && entries[0].last < entries[0].start;
+    for (size_t i = 1; i < n; i++)
+        wrong |= entries[i].start <= entries[i - 1].last || entries[i].last < entries[i].start;
+    if (wrong)
+        return -EINVAL;
+
+    pthread_mutex_lock(&map->mutex);
+    size_t leaves = n ? share(n, LEAF_BUILT) : 0, nodes = leaves;
+    for (size_t width = leaves; width > 1; nodes += width)
+        width = share(width, INNER_BUILT);
+    int err = map->count ? -EEXIST : pool_reserve(map, nodes);
+    if (err || !n) {
+        pthread_mutex_unlock(&map->mutex);
+        return err;
+    }
+
+    /* One level after another; the nodes of the level below are found again through `below`, `low` and the leaves' links. */
+    structure_begin(map);
+    pool_give(map, map->root);
+    leaf *head = NULL, *before = NULL;
+    for (size_t i = 0, left = leaves, size; left; left--, i += size) {
+        leaf *at = leaf_new(map);
+        size = share(n - i, left);
+        for (size_t j = 0; j < size; j++) {
+            PUT(at->start[j], entries[i + j].start);
+            PUT(at->tail[j].last, entries[i + j].last);
+            PUT(at->tail[j].value, entries[i + j].value);
+        }
+        PUT(at->count, size);
+        if (before)
+            PUT(before->next, at);
+        else
+            head = at;
+        before = at;
+    }
+    PUT(map->root, (node *)head);
+    PUT(map->height, 0);
+    PUT(map->count, n);
+    /* Append the leaves one by one to the right edge of the tree: the path to it is all that is needed. */
+    path edge;
+    for (leaf *at = head->next; at; at = at->next) {
+        for (unsigned level = 1; level <= map->height; level++)
+            edge.slot[level] = edge.node[level]->count - 1;
+        child_insert(map, &edge, 1, at->start[0], (node *)at);
+        node *down = map->root;
+        for (unsigned level = map->height; level; level--) {
+            edge.node[level] = &down->inner;
+            down = down->inner.child[down->inner.count - 1];
+        }
+    }
+    structure_end(map);
+    pthread_mutex_unlock(&map->mutex);
+    return 0;
+}
+
+size_t rangemap_find_many(rangemap *map, const uint64_t *keys, uint64_t *out, size_t n, uint64_t miss)
+{
+    size_t hits = 0;
+    rangemap_entry entry;
+
+    for (size_t i = 0; i < n; i++) {
+        uint64_t key = keys[i];
+        bool hit = rangemap_find(map, key, &entry);
+        out[i] = hit ? entry.value + key - entry.start : miss;
+        hits += hit;
+    }
+    return hits;
+}
+
+size_t rangemap_memory(rangemap *map)
+{
+    size_t bytes = sizeof(*map);
+    pthread_mutex_lock(&map->mutex);
+    for (unsigned i = 0; i < map->nchunks; i++)
+        bytes += map->chunk[i].n * sizeof(node);
+    pthread_mutex_unlock(&map->mutex);
+    return bytes;
+}
+
+const char *rangemap_level(rangemap *map)
+{
+#ifdef VECTORS
+    if (map->operations == &operations_avx512)
+        return "avx512";
+    if (map->operations == &operations_avx2)
+        return "avx2";
+#endif
+    (void)map;
+    return "scalar";
+}
+
+/* ---- invariants, for tests ---- */
+
+typedef struct {
+    const leaf *expected;       /* the leaf that the links say comes now */
+    size_t count, nodes;
+} walk;
+
+static int check_node(const rangemap *map, const node *at, unsigned level, uint64_t low, uint64_t high, walk *w)
+{
+    w->nodes++;
+    if (!level) {
+        const leaf *l = &at->leaf;
+        if (w->expected != l)
+            return 1;                                   /* links and tree agree */
+        if (l->version & 1 || l->count > LEAF || (!l->count && map->height))
+            return 2;
+        for (unsigned i = 0; i < l->count; i++) {
+            if (l->start[i] > l->tail[i].last || l->start[i] < low || l->tail[i].last > high)
+                return 3;                               /* entries lie wholly between the separators */
+            if (i && l->start[i] <= l->tail[i - 1].last)
+                return 4;                               /* ascending, disjoint */
+        }
+        w->count += l->count;
+        w->expected = l->next;
+        return 0;
+    }
+    const inner *n = &at->inner;
+    if (n->count < 2 || n->count > FANOUT)
+        return 5;
+    for (unsigned i = 0; i < n->count; i++) {
+        uint64_t from = i ? n->key[i - 1] : low, to = i + 1 < n->count ? n->key[i] - 1 : high;
+        if (from < low || to > high || from > to)
+            return 6;
+        int broken = check_node(map, n->child[i], level - 1, from, to, w);
+        if (broken)
+            return broken;
+    }
+    return 0;
+}
+
+int rangemap_check(rangemap *map)
+{
+    pthread_mutex_lock(&map->mutex);
+    const node *first = map->root;
+    for (unsigned level = map->height; level; level--)
+        first = first->inner.child[0];
+    walk w = {.expected = &first->leaf};
+    int broken = map->structure & 1 ? 7 : check_node(map, map->root, map->height, 0, UINT64_MAX, &w);
+    if (!broken && (w.expected || w.count != map->count))
+        broken = 8;
+    size_t nodes = map->nfresh + map->nfree + w.nodes;
+    for (unsigned i = 0; i < map->nchunks; i++)
+        if (i <= map->current)
+            nodes -= map->chunk[i].n;
+    if (!broken && nodes)
+        broken = 9;                                     /* a node was lost or is used twice */
+    pthread_mutex_unlock(&map->mutex);
+    return broken;
+}
