@@ -14,10 +14,11 @@ PACKAGE = Path(vfiodma.__file__).parent
 # Each room and the rooms that it may import, besides itself.
 LEAVES = {"errors", "types"}
 PLAIN = LEAVES | {"protocols", "uapi"}
-MIDDLE = PLAIN | {"_core", "address_space", "memory", "devices"}
+MIDDLE = PLAIN | {"_core", "address_space", "memory", "devices", "hostinfo"}
 ALLOWED = {
     "errors": set(), "types": set(), "uapi": set(),
     "protocols": LEAVES,
+    "hostinfo": LEAVES | {"uapi"},
     "_core": LEAVES | {"uapi"},
     "backends": PLAIN | {"_core"},
     "address_space": MIDDLE | {"backends"},         # of backends only open_backend: see below
