@@ -53,7 +53,7 @@ types: build $(VENV)/.dev
 	  --ignore-unused-allowlist --ignore-missing-stub $(subst /,.,$(STUBS:.pyi=))
 
 imports: $(VENV)/.dev
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 # C unit tests and a short property run under ASan + UBSan, the threaded C tests under TSan.
 sanitize: build
