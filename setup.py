@@ -12,8 +12,13 @@ KERNELS = {
     "bitmap": ["bitmap", "bitmap_x86", "bitmap_arm", "dirtylog"],
     "copy": ["copy"],
     "memory": ["usercopy"],
-    "dma": ["rangemap", "usercopy", "pin", "bitmap", "bitmap_x86", "bitmap_arm", "dirtylog"],
-    "type1": ["rangemap", "usercopy", "pin", "bitmap", "bitmap_x86", "bitmap_arm"],
+    "dirty": ["bitmap", "bitmap_x86", "bitmap_arm", "usercopy", "rangemap"],
+    "mappings": ["rangemap", "usercopy", "pin", "memlock"],
+    "attach": ["rangemap"],
+    "pinning": ["rangemap", "usercopy", "pin"],
+    "ioctl": ["usercopy", "rangemap"],
+    "dma": ["dirtylog", "bitmap", "bitmap_x86", "bitmap_arm", "rangemap"],
+    "type1": ["rangemap"],
 }
 
 SANITIZE = os.environ.get("VFIODMA_SANITIZE")       # e.g. "address,undefined"

@@ -1,0 +1,243 @@
+"""The raw door of a Type1 instance: ioctl requests with their structs in the caller's memory.
+
+Bytes are copied in and out exactly where the kernel does it, and nowhere else.  Callers hold the instance's lock.
+Source: vfio_iommu_type1_ioctl of Linux 5.4 to 7.2.
+"""
+from libc.errno cimport EACCES, EFAULT, EINVAL, ENOMEM, ENOTTY
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from .attach cimport enforces_coherency
+from .dirty cimport bitmap_arguments_ok, dirty_get, dirty_start, dirty_stop
+from .mappings cimport map_dma, unmap_dma
+from .state cimport UNMAP_ALL, UNMAP_DIRTY, UNMAP_VADDR, V5_12, V6_1, V6_12, min_pgsize, type1_t
+
+cdef extern from "usercopy.h" nogil:
+    int user_read(void *dst, uint64_t src, size_t n)
+    int user_write(uint64_t dst, const void *src, size_t n)
+    bint user_range_ok(uint64_t address, uint64_t size)
+
+cdef enum:
+    CHECK_EXTENSION = 0x3b65
+    GET_INFO = 0x3b70
+    MAP_DMA = 0x3b71
+    UNMAP_DMA = 0x3b72
+    DIRTY_PAGES = 0x3b75
+    INFO_PGSIZES = 1
+    INFO_CAPS = 2
+    CAP_IOVA_RANGE = 1
+    CAP_MIGRATION = 2
+    CAP_DMA_AVAIL = 3
+    DIRTY_START = 1
+    DIRTY_STOP = 2
+    DIRTY_GET = 4
+    MAX_BITMAP_BYTES = 268435456
+
+cdef struct info_head:
+    uint32_t argsz, flags
+    uint64_t iova_pgsizes
+    uint32_t cap_offset, pad
+
+cdef struct cap_header:
+    uint16_t id, version
+    uint32_t next
+
+cdef struct cap_migration:
+    cap_header header
+    uint32_t flags, pad
+    uint64_t pgsize_bitmap, max_dirty_bitmap_size
+
+cdef struct cap_dma_avail:
+    cap_header header
+    uint32_t avail
+
+cdef struct cap_iova_range:
+    cap_header header
+    uint32_t nr_iovas, reserved
+
+cdef struct map_args:
+    uint32_t argsz, flags
+    uint64_t vaddr, iova, size
+
+cdef struct unmap_args:
+    uint32_t argsz, flags
+    uint64_t iova, size
+
+cdef struct bitmap_args:
+    uint64_t pgsize, size, data
+
+cdef struct dirty_args:
+    uint32_t argsz, flags
+
+cdef struct dirty_get_args:
+    uint64_t iova, size
+    bitmap_args bitmap
+
+
+# ---- extensions
+
+cdef long type1_extension(int version, type1_t *t, uint64_t extension) noexcept nogil:
+    """CHECK_EXTENSION of the driver; t is NULL before SET_IOMMU."""
+    if extension == 1 or extension == 3:            # TYPE1, TYPE1v2
+        return 1
+    if extension == 4:                              # DMA_CC
+        return t != NULL and enforces_coherency(t)
+    if extension == 6:                              # TYPE1_NESTING
+        return version <= V6_12
+    if extension == 9:                              # UNMAP_ALL
+        return version >= V5_12
+    if extension == 10:                             # UPDATE_VADDR
+        if version < V6_1:
+            return version >= V5_12
+        return t != NULL and t.emulated == NULL
+    return 0
+
+
+# ---- GET_INFO
+
+cdef size_t caps_size(const type1_t *t) noexcept nogil:
+    cdef size_t avail_size = 16 if t.version > V6_1 else 12     # padded to 8 from 6.6 on
+    cdef size_t ranges_size = 16 + 16 * t.nranges if t.nranges else 0
+    return (sizeof(cap_migration) + avail_size if t.version >= V5_12 else 0) + ranges_size
+
+
+cdef void put_header(cap_header *header, uint16_t id, uint32_t next) noexcept nogil:
+    header.id = id
+    header.version = 1
+    header.next = next
+
+
+cdef void put_caps(const type1_t *t, char *info) noexcept nogil:
+    """Write the capability chain at offset 24 of the info struct."""
+    cdef cap_migration migration
+    cdef cap_dma_avail avail
+    cdef cap_iova_range ranges
+    cdef size_t at = sizeof(info_head)
+    cdef size_t avail_size = 16 if t.version > V6_1 else 12
+    if t.version >= V5_12:
+        memset(&migration, 0, sizeof(migration))
+        put_header(&migration.header, CAP_MIGRATION, at + sizeof(migration))
+        migration.pgsize_bitmap = min_pgsize(t)
+        migration.max_dirty_bitmap_size = MAX_BITMAP_BYTES
+        memcpy(info + at, &migration, sizeof(migration))
+        at += sizeof(migration)
+        put_header(&avail.header, CAP_DMA_AVAIL, at + avail_size if t.nranges else 0)
+        avail.avail = t.dma_avail
+        memcpy(info + at, &avail, 12)
+        at += avail_size
+    if t.nranges:
+        memset(&ranges, 0, sizeof(ranges))
+        put_header(&ranges.header, CAP_IOVA_RANGE, 0)
+        ranges.nr_iovas = t.nranges
+        memcpy(info + at, &ranges, 16)
+        memcpy(info + at + 16, t.ranges, 16 * t.nranges)
+
+
+cdef int get_info(type1_t *t, uint64_t arg) noexcept nogil:
+    cdef info_head head
+    cdef size_t caps = caps_size(t)
+    cdef size_t size
+    cdef char *info
+    cdef int err
+    if user_read(&head, arg, 16):
+        return -EFAULT
+    if head.argsz < 16:
+        return -EINVAL
+    if t.version > V6_1:
+        size = min(<size_t> head.argsz, sizeof(info_head))
+    else:
+        size = 20 if head.argsz >= 20 else 16
+    head.flags = INFO_PGSIZES | (INFO_CAPS if caps else 0)
+    head.iova_pgsizes = t.pgsizes
+    head.cap_offset = 0
+    head.pad = 0
+    if caps and head.argsz < sizeof(info_head) + caps:
+        head.argsz = sizeof(info_head) + caps
+        caps = 0
+    elif caps:
+        head.cap_offset = sizeof(info_head)
+    info = <char *> calloc(1, sizeof(info_head) + caps)
+    if not info:
+        return -ENOMEM
+    if caps:
+        put_caps(t, info)
+    err = user_write(arg + sizeof(info_head), info + sizeof(info_head), caps) if caps else 0
+    if not err:
+        err = user_write(arg, &head, size)
+    free(info)
+    return -EFAULT if err else 0
+
+
+# ---- MAP, UNMAP, DIRTY_PAGES
+
+cdef int map_ioctl(type1_t *t, uint64_t arg) noexcept nogil:
+    cdef map_args args
+    cdef uint32_t known = 7 if t.version >= V5_12 else 3
+    if user_read(&args, arg, sizeof(args)):
+        return -EFAULT
+    if args.argsz < sizeof(args) or args.flags & ~known:
+        return -EINVAL
+    return map_dma(t, args.iova, args.vaddr, args.size, args.flags)
+
+
+cdef int unmap_ioctl(type1_t *t, uint64_t arg) noexcept nogil:
+    cdef unmap_args args
+    cdef bitmap_args bitmap
+    cdef uint32_t known = UNMAP_DIRTY | UNMAP_ALL | UNMAP_VADDR if t.version >= V5_12 else 0
+    cdef uint64_t unmapped
+    cdef int err
+    if user_read(&args, arg, sizeof(args)):
+        return -EFAULT
+    if args.argsz < sizeof(args) or args.flags & ~known:
+        return -EINVAL
+    if args.flags & UNMAP_DIRTY:
+        if args.flags & (UNMAP_ALL | UNMAP_VADDR) or args.argsz < sizeof(args) + sizeof(bitmap):
+            return -EINVAL
+        if user_read(&bitmap, arg + sizeof(args), sizeof(bitmap)):
+            return -EFAULT
+        if not user_range_ok(bitmap.data, bitmap.size) or not bitmap_arguments_ok(args.size, bitmap.pgsize, bitmap.size):
+            return -EINVAL
+    else:
+        memset(&bitmap, 0, sizeof(bitmap))
+    err = unmap_dma(t, args.iova, args.size, args.flags, bitmap.pgsize, bitmap.data, &unmapped)
+    if err:
+        return err
+    args.size = unmapped
+    return user_write(arg, &args, sizeof(args))
+
+
+cdef int dirty_ioctl(type1_t *t, uint64_t arg) noexcept nogil:
+    cdef dirty_args args
+    cdef dirty_get_args get
+    if not t.v2:
+        return -EACCES
+    if user_read(&args, arg, sizeof(args)):
+        return -EFAULT
+    if args.argsz < sizeof(args) or args.flags & ~<uint32_t> 7:
+        return -EINVAL
+    if args.flags == DIRTY_START:
+        return dirty_start(t)
+    if args.flags == DIRTY_STOP:
+        dirty_stop(t)
+        return 0
+    if args.flags != DIRTY_GET or args.argsz - sizeof(args) < sizeof(get):
+        return -EINVAL
+    if user_read(&get, arg + sizeof(args), sizeof(get)):
+        return -EFAULT
+    return dirty_get(t, get.iova, get.size, get.bitmap.pgsize, get.bitmap.size, get.bitmap.data)
+
+
+cdef long type1_ioctl(type1_t *t, uint32_t request, uint64_t arg) noexcept nogil:
+    """Return the ioctl's result, or -errno."""
+    if request == CHECK_EXTENSION:
+        return type1_extension(t.version, t, arg)
+    if request == GET_INFO:
+        return get_info(t, arg)
+    if request == MAP_DMA:
+        return map_ioctl(t, arg)
+    if request == UNMAP_DMA:
+        return unmap_ioctl(t, arg)
+    if request == DIRTY_PAGES and t.version >= V5_12:
+        return dirty_ioctl(t, arg)
+    return -ENOTTY

@@ -1,0 +1,25 @@
+from libc.stdint cimport uint64_t
+
+from .state cimport group_t, type1_t
+
+
+cdef class IommuGroup:
+    cdef group_t group
+    cdef readonly int number
+    cdef readonly Type1 owner           # the instance that it is attached to, or None
+
+
+cdef class Type1:
+    cdef type1_t *t
+    cdef unsigned generation            # of the process that made it: a forked child has a higher one
+    cdef list listeners
+    cdef readonly str kernel
+    cdef readonly unsigned entry_limit
+
+    cdef int enter(self, str operation) except -1
+    cdef void leave(self) noexcept nogil
+    cdef int fail(self, int err, str operation, object iova=*, object size=*, object entry=*) except -1
+
+
+cdef void lock_instance(type1_t *t) noexcept nogil
+cdef void unlock_instance(type1_t *t) noexcept nogil
