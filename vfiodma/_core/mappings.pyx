@@ -221,7 +221,7 @@ cdef int check_map(type1_t *t, uint64_t iova, uint64_t vaddr, uint64_t size, uin
         return -EINVAL
     if iova + size - 1 < iova or vaddr + size - 1 < vaddr:
         return -EOVERFLOW if t.version >= V7_2 else -EINVAL
-    if bool(flags & (MAP_READ | MAP_WRITE)) == bool(flags & MAP_VADDR):
+    if ((flags & (MAP_READ | MAP_WRITE)) != 0) == ((flags & MAP_VADDR) != 0):
         return -EINVAL
     return -EINVAL if (size | iova | vaddr) & (min_pgsize(t) - 1) else 0
 
@@ -329,7 +329,7 @@ cdef int check_unmap(type1_t *t, uint64_t iova, uint64_t size, uint32_t flags, u
 cdef int unmap_dma(type1_t *t, uint64_t iova, uint64_t size, uint32_t flags, uint64_t pgsize, uint64_t data,
                    uint64_t *unmapped) noexcept nogil:
     """Remove (or, with VADDR, invalidate) the mappings of a range.  *unmapped = bytes, also of those gone before an error."""
-    cdef bint everything = bool(flags & UNMAP_ALL)
+    cdef bint everything = (flags & UNMAP_ALL) != 0
     cdef uint64_t last = <uint64_t> -1 if everything else iova + size - 1
     cdef uint64_t busy_iova = 0
     cdef int rounds = 0

@@ -117,7 +117,7 @@ cdef int dma_rw(type1_t *t, uint64_t iova, void *data, uint64_t size, bint write
 cdef bint allowed(const type1_t *t, const dma_t *dma, bint write) noexcept nogil:
     # Up to 6.12 the VT-d driver sets the read bit in every entry, so WRITE-only memory can be read as well.
     if write or t.version >= V7_2:
-        return bool(dma.prot & (MAP_WRITE if write else MAP_READ))
+        return (dma.prot & (MAP_WRITE if write else MAP_READ)) != 0
     return True
 
 

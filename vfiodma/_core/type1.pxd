@@ -16,10 +16,8 @@ cdef class Type1:
     cdef readonly str kernel
     cdef readonly unsigned entry_limit
 
+    cdef int check_process(self, str operation) except -1
     cdef int enter(self, str operation) except -1
     cdef void leave(self) noexcept nogil
     cdef int fail(self, int err, str operation, object iova=*, object size=*, object entry=*) except -1
 
-
-cdef void lock_instance(type1_t *t) noexcept nogil
-cdef void unlock_instance(type1_t *t) noexcept nogil

@@ -25,6 +25,7 @@ from .state cimport (
     pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, rangemap_count, type1_t,
 )
 
+from ..errors import ForkedError
 from ..types import IovaRange
 
 VERSIONS = {"5.4": V5_4, "5.12": V5_12, "6.1": V6_1, "6.12": V6_12, "7.2": V7_2}
@@ -54,14 +55,6 @@ def locked_pages():
 def extension(kernel, uint64_t number):
     """CHECK_EXTENSION of the Type1 driver before SET_IOMMU."""
     return type1_extension(VERSIONS[kernel], NULL, number)
-
-
-cdef void lock_instance(type1_t *t) noexcept nogil:
-    pthread_mutex_lock(&t.lock)
-
-
-cdef void unlock_instance(type1_t *t) noexcept nogil:
-    pthread_mutex_unlock(&t.lock)
 
 
 cdef class IommuGroup:
@@ -150,11 +143,14 @@ cdef class Type1:
 
     # ---- the lock
 
+    cdef int check_process(self, str operation) except -1:
+        if self.generation != fork_generation:
+            raise ForkedError(_errno.EBADF, "opened before a fork", operation=operation, hint="open it again in this process")
+        return 0
+
     cdef int enter(self, str operation) except -1:
         """Take the lock, never waiting for it with the GIL held."""
-        if self.generation != fork_generation:
-            from ..errors import ForkedError
-            raise ForkedError(_errno.EBADF, "opened before a fork", operation=operation, hint="open it again in this process")
+        self.check_process(operation)
         if pthread_mutex_trylock(&self.t.lock):
             with nogil:
                 pthread_mutex_lock(&self.t.lock)
