@@ -11,7 +11,13 @@ from libc.string cimport memcpy, memset
 from .attach cimport enforces_coherency
 from .dirty cimport bitmap_arguments_ok, dirty_get, dirty_start, dirty_stop
 from .mappings cimport map_dma, unmap_dma
-from .state cimport UNMAP_ALL, UNMAP_DIRTY, UNMAP_VADDR, V5_12, V6_1, V6_12, min_pgsize, type1_t
+from .state cimport V5_12, V6_1, V6_12, min_pgsize, type1_t
+from .uapi cimport (
+    CAP_DMA_AVAIL, CAP_IOVA_RANGE, CAP_MIGRATION, CHECK_EXTENSION, DIRTY_GET, DIRTY_PAGES, DIRTY_START, DIRTY_STOP, DMA_CC_IOMMU,
+    EXT_UNMAP_ALL, EXT_UPDATE_VADDR, GET_INFO, INFO_CAPS, INFO_PGSIZES, MAP_DMA, TYPE1_IOMMU, TYPE1_NESTING_IOMMU, TYPE1v2_IOMMU,
+    UNMAP_ALL, UNMAP_DIRTY, UNMAP_DMA, UNMAP_VADDR, cap_dma_avail, cap_header, cap_iova_range, cap_migration, dirty_bitmap,
+    dirty_bitmap_get, dma_map, dma_unmap, type1_info, user_bitmap,
+)
 
 cdef extern from "usercopy.h" nogil:
     int user_read(void *dst, uint64_t src, size_t n)
@@ -19,75 +25,24 @@ cdef extern from "usercopy.h" nogil:
     bint user_range_ok(uint64_t address, uint64_t size)
 
 cdef enum:
-    CHECK_EXTENSION = 0x3b65
-    GET_INFO = 0x3b70
-    MAP_DMA = 0x3b71
-    UNMAP_DMA = 0x3b72
-    DIRTY_PAGES = 0x3b75
-    INFO_PGSIZES = 1
-    INFO_CAPS = 2
-    CAP_IOVA_RANGE = 1
-    CAP_MIGRATION = 2
-    CAP_DMA_AVAIL = 3
-    DIRTY_START = 1
-    DIRTY_STOP = 2
-    DIRTY_GET = 4
     MAX_BITMAP_BYTES = 268435456
-
-cdef struct info_head:
-    uint32_t argsz, flags
-    uint64_t iova_pgsizes
-    uint32_t cap_offset, pad
-
-cdef struct cap_header:
-    uint16_t id, version
-    uint32_t next
-
-cdef struct cap_migration:
-    cap_header header
-    uint32_t flags, pad
-    uint64_t pgsize_bitmap, max_dirty_bitmap_size
-
-cdef struct cap_dma_avail:
-    cap_header header
-    uint32_t avail
-
-cdef struct cap_iova_range:
-    cap_header header
-    uint32_t nr_iovas, reserved
-
-cdef struct map_args:
-    uint32_t argsz, flags
-    uint64_t vaddr, iova, size
-
-cdef struct unmap_args:
-    uint32_t argsz, flags
-    uint64_t iova, size
-
-cdef struct bitmap_args:
-    uint64_t pgsize, size, data
-
-cdef struct dirty_args:
-    uint32_t argsz, flags
-
-cdef struct dirty_get_args:
-    uint64_t iova, size
-    bitmap_args bitmap
+    INFO_MIN = 16                       # the first form of the info struct
+    INFO_CAP_OFFSET = 20                # the form with cap_offset
 
 
 # ---- extensions
 
 cdef long type1_extension(int version, type1_t *t, uint64_t extension) noexcept nogil:
     """CHECK_EXTENSION of the driver; t is NULL before SET_IOMMU."""
-    if extension == 1 or extension == 3:            # TYPE1, TYPE1v2
+    if extension == TYPE1_IOMMU or extension == TYPE1v2_IOMMU:
         return 1
-    if extension == 4:                              # DMA_CC
+    if extension == DMA_CC_IOMMU:
         return t != NULL and enforces_coherency(t)
-    if extension == 6:                              # TYPE1_NESTING
+    if extension == TYPE1_NESTING_IOMMU:
         return version <= V6_12
-    if extension == 9:                              # UNMAP_ALL
+    if extension == EXT_UNMAP_ALL:
         return version >= V5_12
-    if extension == 10:                             # UPDATE_VADDR
+    if extension == EXT_UPDATE_VADDR:
         if version < V6_1:
             return version >= V5_12
         return t != NULL and t.emulated == NULL
@@ -113,7 +68,7 @@ cdef void put_caps(const type1_t *t, char *info) noexcept nogil:
     cdef cap_migration migration
     cdef cap_dma_avail avail
     cdef cap_iova_range ranges
-    cdef size_t at = sizeof(info_head)
+    cdef size_t at = sizeof(type1_info)
     cdef size_t avail_size = 16 if t.version > V6_1 else 12
     if t.version >= V5_12:
         memset(&migration, 0, sizeof(migration))
@@ -135,34 +90,34 @@ cdef void put_caps(const type1_t *t, char *info) noexcept nogil:
 
 
 cdef int get_info(type1_t *t, uint64_t arg) noexcept nogil:
-    cdef info_head head
+    cdef type1_info head
     cdef size_t caps = caps_size(t)
     cdef size_t size
     cdef char *info
     cdef int err
-    if user_read(&head, arg, 16):
+    if user_read(&head, arg, INFO_MIN):
         return -EFAULT
-    if head.argsz < 16:
+    if head.argsz < INFO_MIN:
         return -EINVAL
     if t.version > V6_1:
-        size = min(<size_t> head.argsz, sizeof(info_head))
+        size = min(<size_t> head.argsz, sizeof(type1_info))
     else:
-        size = 20 if head.argsz >= 20 else 16
+        size = INFO_CAP_OFFSET if head.argsz >= INFO_CAP_OFFSET else INFO_MIN
     head.flags = INFO_PGSIZES | (INFO_CAPS if caps else 0)
     head.iova_pgsizes = t.pgsizes
     head.cap_offset = 0
     head.pad = 0
-    if caps and head.argsz < sizeof(info_head) + caps:
-        head.argsz = sizeof(info_head) + caps
+    if caps and head.argsz < sizeof(type1_info) + caps:
+        head.argsz = sizeof(type1_info) + caps
         caps = 0
     elif caps:
-        head.cap_offset = sizeof(info_head)
-    info = <char *> calloc(1, sizeof(info_head) + caps)
+        head.cap_offset = sizeof(type1_info)
+    info = <char *> calloc(1, sizeof(type1_info) + caps)
     if not info:
         return -ENOMEM
     if caps:
         put_caps(t, info)
-    err = user_write(arg + sizeof(info_head), info + sizeof(info_head), caps) if caps else 0
+    err = user_write(arg + sizeof(type1_info), info + sizeof(type1_info), caps) if caps else 0
     if not err:
         err = user_write(arg, &head, size)
     free(info)
@@ -172,7 +127,7 @@ cdef int get_info(type1_t *t, uint64_t arg) noexcept nogil:
 # ---- MAP, UNMAP, DIRTY_PAGES
 
 cdef int map_ioctl(type1_t *t, uint64_t arg) noexcept nogil:
-    cdef map_args args
+    cdef dma_map args
     cdef uint32_t known = 7 if t.version >= V5_12 else 3
     if user_read(&args, arg, sizeof(args)):
         return -EFAULT
@@ -182,8 +137,8 @@ cdef int map_ioctl(type1_t *t, uint64_t arg) noexcept nogil:
 
 
 cdef int unmap_ioctl(type1_t *t, uint64_t arg) noexcept nogil:
-    cdef unmap_args args
-    cdef bitmap_args bitmap
+    cdef dma_unmap args
+    cdef user_bitmap bitmap
     cdef uint32_t known = UNMAP_DIRTY | UNMAP_ALL | UNMAP_VADDR if t.version >= V5_12 else 0
     cdef uint64_t unmapped
     cdef int err
@@ -196,11 +151,11 @@ cdef int unmap_ioctl(type1_t *t, uint64_t arg) noexcept nogil:
             return -EINVAL
         if user_read(&bitmap, arg + sizeof(args), sizeof(bitmap)):
             return -EFAULT
-        if not user_range_ok(bitmap.data, bitmap.size) or not bitmap_arguments_ok(args.size, bitmap.pgsize, bitmap.size):
+        if not user_range_ok(<uint64_t> bitmap.data, bitmap.size) or not bitmap_arguments_ok(args.size, bitmap.pgsize, bitmap.size):
             return -EINVAL
     else:
         memset(&bitmap, 0, sizeof(bitmap))
-    err = unmap_dma(t, args.iova, args.size, args.flags, bitmap.pgsize, bitmap.data, &unmapped)
+    err = unmap_dma(t, args.iova, args.size, args.flags, bitmap.pgsize, <uint64_t> bitmap.data, &unmapped)
     if err:
         return err
     args.size = unmapped
@@ -208,8 +163,8 @@ cdef int unmap_ioctl(type1_t *t, uint64_t arg) noexcept nogil:
 
 
 cdef int dirty_ioctl(type1_t *t, uint64_t arg) noexcept nogil:
-    cdef dirty_args args
-    cdef dirty_get_args get
+    cdef dirty_bitmap args
+    cdef dirty_bitmap_get get
     if not t.v2:
         return -EACCES
     if user_read(&args, arg, sizeof(args)):
@@ -225,7 +180,7 @@ cdef int dirty_ioctl(type1_t *t, uint64_t arg) noexcept nogil:
         return -EINVAL
     if user_read(&get, arg + sizeof(args), sizeof(get)):
         return -EFAULT
-    return dirty_get(t, get.iova, get.size, get.bitmap.pgsize, get.bitmap.size, get.bitmap.data)
+    return dirty_get(t, get.iova, get.size, get.bitmap.pgsize, get.bitmap.size, <uint64_t> get.bitmap.data)
 
 
 cdef long type1_ioctl(type1_t *t, uint32_t request, uint64_t arg) noexcept nogil:

@@ -9,13 +9,14 @@ from libc.stdlib cimport calloc, free
 
 from .dirty cimport bisects, dirty_allocate, dirty_copy_out
 from .state cimport (
-    MAP_READ, MAP_VADDR, MAP_WRITE, PIN_NO_WRITEBACK, PIN_WRITE, PIN_ZERO_PAGE_FREE, PS,
-    PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP, UNMAP_ALL, UNMAP_DIRTY, UNMAP_VADDR, V6_1, V7_2, dma_t, first_from,
-    iommu_mapped, min_pgsize, next_of, pin, pin_memory, pin_release, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, pthread_rwlock_destroy, pthread_rwlock_init, pthread_rwlock_unlock, pthread_rwlock_wrlock,
-    pthread_rwlockattr_init, pthread_rwlockattr_setkind_np, pthread_rwlockattr_t, rangemap_count, rangemap_entry, rangemap_find,
-    rangemap_free, rangemap_insert, rangemap_new, rangemap_overlaps, rangemap_remove, type1_t,
+    PIN_NO_WRITEBACK, PIN_WRITE, PIN_ZERO_PAGE_FREE, PS, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP, V6_1, V7_2,
+    dma_t, first_from, iommu_mapped, min_pgsize, next_of, pin, pin_memory, pin_release, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy, pthread_rwlock_init,
+    pthread_rwlock_unlock, pthread_rwlock_wrlock, pthread_rwlockattr_init, pthread_rwlockattr_setkind_np,
+    pthread_rwlockattr_t, rangemap_count, rangemap_entry, rangemap_find, rangemap_free, rangemap_insert,
+    rangemap_new, rangemap_overlaps, rangemap_remove, type1_t,
 )
+from .uapi cimport MAP_READ, MAP_VADDR, MAP_WRITE, UNMAP_ALL, UNMAP_DIRTY, UNMAP_VADDR
 
 cdef extern from "memlock.h" nogil:
     void memlock_charge(uint64_t pages)

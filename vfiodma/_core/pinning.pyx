@@ -9,9 +9,10 @@ from libc.stdint cimport uint32_t, uint64_t
 from .dirty cimport dirty_mark
 from .mappings cimport count_page, find_mapping, uncount_page
 from .state cimport (
-    MAP_READ, MAP_WRITE, PS, V6_1, V7_2, dma_t, group_t, pin_read, pin_write, pthread_rwlock_rdlock, pthread_rwlock_unlock,
+    PS, V6_1, V7_2, dma_t, group_t, pin_read, pin_write, pthread_rwlock_rdlock, pthread_rwlock_unlock,
     rangemap_entry, rangemap_find, rangemap_insert, rangemap_new, rangemap_remove, rangemap_set_value, type1_t,
 )
+from .uapi cimport MAP_READ, MAP_WRITE
 
 cdef extern from "usercopy.h" nogil:
     int user_read(void *dst, uint64_t src, size_t n)

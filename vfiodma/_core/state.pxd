@@ -66,12 +66,6 @@ cdef enum:
 
 cdef enum:
     PS = 4096                               # CPU page size
-    MAP_READ = 1
-    MAP_WRITE = 2
-    MAP_VADDR = 4
-    UNMAP_DIRTY = 1
-    UNMAP_ALL = 2
-    UNMAP_VADDR = 4
 
 cdef struct dma_t:                          # one mapping
     uint64_t iova, vaddr, size

@@ -21,9 +21,10 @@ from .ioctl cimport type1_extension, type1_ioctl
 from .mappings cimport find_mapping, forget_charges, map_dma, process_locked_pages, type1_free, type1_new, unmap_dma
 from .pinning cimport dma_rw, pin_pages, unpin_pages
 from .state cimport (
-    MAP_VADDR, UNMAP_ALL, UNMAP_VADDR, V5_4, V5_12, V6_1, V6_12, V7_2, dma_t, first_from, group_t, iova_range, min_pgsize, next_of,
-    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, rangemap_count, type1_t,
+    V5_4, V5_12, V6_1, V6_12, V7_2, dma_t, first_from, group_t, iova_range, min_pgsize, next_of, pthread_mutex_lock,
+    pthread_mutex_trylock, pthread_mutex_unlock, rangemap_count, type1_t,
 )
+from .uapi cimport MAP_VADDR, UNMAP_ALL, UNMAP_VADDR
 
 from ..errors import ForkedError
 from ..types import IovaRange
