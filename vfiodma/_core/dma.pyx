@@ -3,13 +3,13 @@ import errno as _errno
 from collections import deque
 
 from cpython.buffer cimport (
-    PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer,
+    PyBUF_C_CONTIGUOUS, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer,
 )
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING
 from libc.errno cimport E2BIG, EFAULT, EINVAL, ENOMEM, EOVERFLOW
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
 
+from .args cimport acquire, new_bytes, u64
 from .errno cimport raise_errno
 from .pinning cimport device_access, dma_rw
 from .state cimport (
@@ -116,7 +116,7 @@ cdef class DmaPort:
         cdef object fault = self.record(err, iova, size, write)
         return raise_errno(EFAULT, "dma_write" if write else "dma_read", iova, size, f"DMA fault of {self.device}: {fault.reason}")
 
-    def read(self, uint64_t iova, size_t size):
+    def read(self, iova, size):
         """Read ``size`` bytes at ``iova``.
 
         Raises
@@ -126,32 +126,32 @@ cdef class DmaPort:
         ClosedError
             EBADF: the device is closed.
         """
+        cdef uint64_t at = u64("dma_read", iova), length = u64("dma_read", size), done
         cdef Type1 type1 = self.connected("dma_read")
-        cdef bytes data = PyBytes_FromStringAndSize(NULL, size)
+        cdef bytes data = new_bytes("dma_read", iova, length)
         cdef char *to = PyBytes_AS_STRING(data)
-        cdef uint64_t done
         cdef int err
         with nogil:
-            err = self.access(type1.t, iova, to, size, False, &done)
+            err = self.access(type1.t, at, to, length, False, &done)
         if err:
-            self.fault(err, iova + done, size - done, False)
+            self.fault(err, at + done, length - done, False)
         return data
 
-    def write(self, uint64_t iova, data):
+    def write(self, iova, data):
         """Write bytes-like ``data`` at ``iova``; errors as read().  What stands before a fault is written."""
+        cdef uint64_t at = u64("dma_write", iova), done, size
         cdef Type1 type1 = self.connected("dma_write")
         cdef Py_buffer view
-        cdef uint64_t done, size
         cdef int err
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             size = view.len
             with nogil:
-                err = self.access(type1.t, iova, view.buf, size, True, &done)
+                err = self.access(type1.t, at, view.buf, size, True, &done)
         finally:
             PyBuffer_Release(&view)
         if err:
-            self.fault(err, iova + done, size - done, True)
+            self.fault(err, at + done, size - done, True)
 
     def write_many(self, iovas, data):
         """Write row i of ``data`` at ``iovas[i]``, with one release of the GIL.
@@ -171,12 +171,12 @@ cdef class DmaPort:
         cdef uint64_t done, size
         cdef Py_ssize_t i = 0, n, faulted = 0
         cdef int err = 0
-        PyObject_GetBuffer(iovas, &where, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
+        acquire(iovas, &where, 0, "write_many")
         try:
             PyObject_GetBuffer(data, &what, PyBUF_C_CONTIGUOUS)
             try:
                 n = where.len // 8
-                if where.itemsize != 8 or where.ndim != 1 or what.ndim != 2 or what.shape[0] != n:
+                if where.ndim != 1 or what.ndim != 2 or what.shape[0] != n:
                     raise TypeError("expected n uint64 addresses and an (n, k) array of bytes")
                 size = what.shape[1] * what.itemsize
                 while i < n:
@@ -194,11 +194,11 @@ cdef class DmaPort:
             PyBuffer_Release(&where)
         return faulted
 
-    def pin_pages(self, uint64_t iova, uint64_t npages, uint32_t prot):
+    def pin_pages(self, iova, npages, prot):
         """Pin pages of an emulated device; see Type1.pin_pages."""
         self.connected("pin_pages").pin_pages(self.group, iova, npages, prot)
 
-    def unpin_pages(self, uint64_t iova, uint64_t npages):
+    def unpin_pages(self, iova, npages):
         """Let pinned pages go."""
         self.connected("unpin_pages").unpin_pages(iova, npages)
 
@@ -228,7 +228,7 @@ cdef class DmaPort:
         """Whether the log is on."""
         return self.log != NULL
 
-    def start_logging(self, ranges, uint64_t pgsize=4096):
+    def start_logging(self, ranges, pgsize=4096):
         """Log DMA writes into the given IOVA ranges.
 
         Parameters
@@ -251,20 +251,22 @@ cdef class DmaPort:
         cdef dirtylog *log
         cdef uint64_t bits = 0, previous = 0, iova, size
         cdef size_t n = 0
+        cdef uint64_t page = u64("start_logging", pgsize)
         ordered = sorted(ranges)
-        if not ordered or pgsize < 4096 or pgsize & (pgsize - 1):
+        if not ordered or page < 4096 or page & (page - 1):
             raise_errno(EINVAL, "start_logging", None, None, "give at least one range, and a page size that is a power of two")
         if len(ordered) > MAX_LOG_RANGES:
             raise_errno(E2BIG, "start_logging", None, None, f"at most {MAX_LOG_RANGES} ranges: join neighbours")
-        for iova, size in ordered:
-            if size == 0 or iova % pgsize or size % pgsize or (n and iova <= previous):
+        for start, length in ordered:
+            iova, size = u64("start_logging", start), u64("start_logging", length)
+            if size == 0 or iova % page or size % page or (n and iova <= previous):
                 raise_errno(EINVAL, "start_logging", iova, size, "ranges are multiples of the page size and disjoint")
             if iova + size < iova:
                 raise_errno(EOVERFLOW, "start_logging", iova, size)
             checked[n].start = iova
             checked[n].last = previous = iova + size - 1
             checked[n].first_bit = bits
-            bits += size // pgsize
+            bits += size // page
             n += 1
         log = dirtylog_new(bits)
         if not log:
@@ -276,11 +278,11 @@ cdef class DmaPort:
             raise_errno(EINVAL, "start_logging", None, None, "the log is on: stop it first")
         self.ranges = checked
         self.nranges = n
-        self.pgsize = pgsize
+        self.pgsize = page
         self.log = log
         pthread_rwlock_unlock(&self.log_lock)
 
-    def harvest(self, uint64_t iova, uint64_t size, into):
+    def harvest(self, iova, size, into):
         """OR the pages written in ``[iova, iova + size)`` into ``into`` and clear them here.
 
         Parameters
@@ -301,26 +303,27 @@ cdef class DmaPort:
         released.  Source: VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT.
         """
         cdef Py_buffer view
-        cdef uint64_t last = iova + size - 1, low, high, found = 0
+        cdef uint64_t first = u64("harvest", iova), length = u64("harvest", size)
+        cdef uint64_t last = first + length - 1, low, high, found = 0
         cdef uint64_t *words
         cdef size_t i
         PyObject_GetBuffer(into, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
             if self.log == NULL:
                 raise_errno(EINVAL, "harvest", iova, size, "the log is off")
-            if size == 0 or last < iova or iova % self.pgsize or size % self.pgsize:
+            if length == 0 or last < first or first % self.pgsize or length % self.pgsize:
                 raise_errno(EINVAL, "harvest", iova, size, f"the range is a multiple of {self.pgsize}")
-            if <uint64_t> view.len < (size // self.pgsize + 63) // 64 * 8:
+            if <uint64_t> view.len < (length // self.pgsize + 63) // 64 * 8:
                 raise_errno(EINVAL, "harvest", iova, size, "the bitmap is too small")
             words = <uint64_t *> view.buf
             with nogil:
                 pthread_rwlock_rdlock(&self.log_lock)
                 for i in range(self.nranges if self.log else 0):
-                    low = max(iova, self.ranges[i].start)
+                    low = max(first, self.ranges[i].start)
                     high = min(last, self.ranges[i].last)
                     if low <= high:
                         found += dirtylog_harvest(self.log, self.ranges[i].first_bit + (low - self.ranges[i].start) // self.pgsize,
-                                                  (high - low) // self.pgsize + 1, words, (low - iova) // self.pgsize)
+                                                  (high - low) // self.pgsize + 1, words, (low - first) // self.pgsize)
                 pthread_rwlock_unlock(&self.log_lock)
         finally:
             PyBuffer_Release(&view)

@@ -1,8 +1,9 @@
 """Access to this process's memory by address, checked by the kernel: a bad address is EFAULT, never a crash."""
 from libc.stdint cimport uint64_t
-from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_AS_STRING
+from cpython.bytes cimport PyBytes_AS_STRING
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer
 
+from .args cimport new_bytes, u64
 from .errno cimport raise_errno
 
 cdef extern from "usercopy.h" nogil:
@@ -10,7 +11,7 @@ cdef extern from "usercopy.h" nogil:
     int user_write(uint64_t dst, const void *src, size_t n)
 
 
-def read_memory(uint64_t address, size_t size):
+def read_memory(address, size):
     """Copy bytes from an address of this process.
 
     Parameters
@@ -33,17 +34,18 @@ def read_memory(uint64_t address, size_t size):
     -----
     The GIL is released while copying.  Source: process_vm_readv(2).
     """
-    cdef bytes data = PyBytes_FromStringAndSize(NULL, size)
+    cdef uint64_t at = u64("read_memory", address), length = u64("read_memory", size)
+    cdef bytes data = new_bytes("read_memory", None, length)
     cdef char *to = PyBytes_AS_STRING(data)
     cdef int err
     with nogil:
-        err = user_read(to, address, size)
+        err = user_read(to, at, length)
     if err:
         raise_errno(-err, "read_memory", None, size, f"address {address:#x} is not readable memory of this process")
     return data
 
 
-def write_memory(uint64_t address, data):
+def write_memory(address, data):
     """Copy a bytes-like object to an address of this process.
 
     Parameters
@@ -62,12 +64,13 @@ def write_memory(uint64_t address, data):
     -----
     The GIL is released while copying.  Source: process_vm_writev(2).
     """
+    cdef uint64_t at = u64("write_memory", address)
     cdef Py_buffer view
     cdef int err
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:
         with nogil:
-            err = user_write(address, view.buf, view.len)
+            err = user_write(at, view.buf, view.len)
         if err:
             raise_errno(-err, "write_memory", None, view.len, f"address {address:#x} is not writable memory of this process")
     finally:

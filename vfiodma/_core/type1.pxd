@@ -1,4 +1,4 @@
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from .state cimport group_t, type1_t
 
@@ -20,4 +20,6 @@ cdef class Type1:
     cdef int enter(self, str operation) except -1
     cdef void leave(self) noexcept nogil
     cdef int fail(self, int err, str operation, object iova=*, object size=*, object entry=*) except -1
-
+    cdef int needs_vaddr(self, str operation) except -1
+    cdef int needs_dirty(self, str operation) except -1
+    cdef object unmap(self, uint64_t iova, uint64_t size, uint32_t flags, str operation)

@@ -6,16 +6,15 @@ import errno as _errno
 import os
 import resource
 
-from cpython.buffer cimport (
-    PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer,
-)
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer
+from cpython.bytes cimport PyBytes_AS_STRING
 from libc.errno cimport EINVAL
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from .attach cimport attach_group, detach_group, forget_groups
 from .dirty cimport dirty_get, dirty_start, dirty_stop
+from .args cimport acquire_rows, new_bytes, u64
 from .errno cimport raise_errno
 from .ioctl cimport type1_extension, type1_ioctl
 from .mappings cimport find_mapping, forget_charges, map_dma, process_locked_pages, type1_free, type1_new, unmap_dma
@@ -278,7 +277,7 @@ cdef class Type1:
 
     # ---- the typed door
 
-    def map_dma(self, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t prot):
+    def map_dma(self, iova, vaddr, size, prot):
         """Map ``[vaddr, vaddr + size)`` at ``iova``.
 
         Parameters
@@ -305,16 +304,18 @@ cdef class Type1:
         -----
         The GIL is released while memory is pinned.  Source: VFIO_IOMMU_MAP_DMA.
         """
+        cdef uint64_t at = u64("map_dma", iova), address = u64("map_dma", vaddr)
+        cdef uint64_t length = u64("map_dma", size), access = u64("map_dma", prot)
         cdef int err
-        if prot & ~<uint32_t> 3:
+        if access & ~<uint64_t> 3:
             raise_errno(EINVAL, "map_dma", iova, size, "prot is READ, WRITE or both")
         self.enter("map_dma")
         if self.t.domains:
             with nogil:
-                err = map_dma(self.t, iova, vaddr, size, prot)
+                err = map_dma(self.t, at, address, length, <uint32_t> access)
                 self.leave()
         else:
-            err = map_dma(self.t, iova, vaddr, size, prot)
+            err = map_dma(self.t, at, address, length, <uint32_t> access)
             self.leave()
         if err:
             self.fail(err, "map_dma", iova, size)
@@ -332,9 +333,8 @@ cdef class Type1:
         cdef uint64_t unmapped
         cdef Py_ssize_t i = 0, n
         cdef int err = 0
-        PyObject_GetBuffer(entries, &view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
+        acquire_rows(entries, &view, 4, &n, "map_many")
         try:
-            n = rows_of(&view, 4)
             row = <uint64_t *> view.buf
             self.enter("map_many")
             with nogil:
@@ -352,7 +352,7 @@ cdef class Type1:
         finally:
             PyBuffer_Release(&view)
 
-    def unmap_dma(self, uint64_t iova, uint64_t size):
+    def unmap_dma(self, iova, size):
         """Remove the mappings inside ``[iova, iova + size)``; return the bytes removed.
 
         Raises
@@ -366,13 +366,13 @@ cdef class Type1:
         -----
         The GIL is released.  Source: VFIO_IOMMU_UNMAP_DMA.
         """
-        return self._unmap(iova, size, 0, "unmap_dma")
+        return self.unmap(u64("unmap_dma", iova), u64("unmap_dma", size), 0, "unmap_dma")
 
     def unmap_all(self):
         """Remove every mapping; return the bytes removed.  Source: VFIO_DMA_UNMAP_FLAG_ALL."""
-        return self._unmap(0, 0, UNMAP_ALL, "unmap_all")
+        return self.unmap(0, 0, UNMAP_ALL, "unmap_all")
 
-    def invalidate_vaddr(self, uint64_t iova=0, size=None):
+    def invalidate_vaddr(self, iova=0, size=None):
         """Declare the vaddrs of a range (None: of every mapping) invalid; DMA goes on.  Return the bytes.
 
         Raises
@@ -388,14 +388,16 @@ cdef class Type1:
         -----
         Source: VFIO_DMA_UNMAP_FLAG_VADDR.
         """
-        self._needs_vaddr("invalidate_vaddr")
-        return self._unmap(iova, size or 0, UNMAP_VADDR | (UNMAP_ALL if size is None else 0), "invalidate_vaddr")
+        self.needs_vaddr("invalidate_vaddr")
+        return self.unmap(u64("invalidate_vaddr", iova), 0 if size is None else u64("invalidate_vaddr", size),
+                           UNMAP_VADDR | (UNMAP_ALL if size is None else 0), "invalidate_vaddr")
 
-    def _needs_vaddr(self, str operation):
+    cdef int needs_vaddr(self, str operation) except -1:
         if self.t.version < V5_12:
             raise_errno(_errno.EOPNOTSUPP, operation, None, None, f"kernel {self.kernel} has no vaddr update (5.12 has)")
+        return 0
 
-    def _unmap(self, uint64_t iova, uint64_t size, uint32_t flags, str operation):
+    cdef object unmap(self, uint64_t iova, uint64_t size, uint32_t flags, str operation):
         cdef uint64_t unmapped = 0
         cdef int err
         self.enter(operation)
@@ -406,7 +408,7 @@ cdef class Type1:
             self.fail(err, operation, iova, size)
         return unmapped
 
-    def update_vaddr(self, uint64_t iova, uint64_t vaddr, uint64_t size):
+    def update_vaddr(self, iova, vaddr, size):
         """Give the invalid mapping exactly at ``[iova, iova + size)`` a new address.
 
         Raises
@@ -416,10 +418,11 @@ cdef class Type1:
         InvalidArgumentError
             EINVAL: it is valid, or has another place or size.
         """
+        cdef uint64_t at = u64("update_vaddr", iova), address = u64("update_vaddr", vaddr), length = u64("update_vaddr", size)
         cdef int err
-        self._needs_vaddr("update_vaddr")
+        self.needs_vaddr("update_vaddr")
         self.enter("update_vaddr")
-        err = map_dma(self.t, iova, vaddr, size, MAP_VADDR)
+        err = map_dma(self.t, at, address, length, MAP_VADDR)
         self.leave()
         if err:
             self.fail(err, "update_vaddr", iova, size)
@@ -432,11 +435,10 @@ cdef class Type1:
         cdef Py_ssize_t i = 0, n
         cdef dma_t *dma
         cdef int err = 0
-        self._needs_vaddr("update_vaddr_many")
-        PyObject_GetBuffer(entries, &view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
+        self.needs_vaddr("update_vaddr_many")
+        acquire_rows(entries, &view, 3, &n, "update_vaddr_many")
         before = NULL
         try:
-            n = rows_of(&view, 3)
             row = <uint64_t *> view.buf
             before = <uint64_t *> calloc(n + 1, 8)
             if not before:
@@ -467,7 +469,7 @@ cdef class Type1:
     def start_dirty(self):
         """Start dirty tracking; no effect when it is on.  Source: VFIO_IOMMU_DIRTY_PAGES_FLAG_START."""
         cdef int err
-        self._needs_dirty("start_dirty")
+        self.needs_dirty("start_dirty")
         self.enter("start_dirty")
         with nogil:
             err = dirty_start(self.t)
@@ -477,19 +479,20 @@ cdef class Type1:
 
     def stop_dirty(self):
         """Stop dirty tracking; no effect when it is off."""
-        self._needs_dirty("stop_dirty")
+        self.needs_dirty("stop_dirty")
         self.enter("stop_dirty")
         with nogil:
             dirty_stop(self.t)
             self.leave()
 
-    def _needs_dirty(self, str operation):
+    cdef int needs_dirty(self, str operation) except -1:
         if self.t.version < V5_12:
             raise_errno(_errno.EOPNOTSUPP, operation, None, None, f"kernel {self.kernel} has no dirty tracking (5.8 has)")
         if not self.t.v2:
             raise_errno(_errno.EACCES, operation, None, None, "a Type1 (v1) container has no dirty tracking: use Type1v2")
+        return 0
 
-    def read_dirty(self, uint64_t iova, uint64_t size, bitmap):
+    def read_dirty(self, iova, size, bitmap):
         """Store the dirty bits of a range into a bitmap and clear them.
 
         Parameters
@@ -505,14 +508,15 @@ cdef class Type1:
         While an ordinary group is attached, everything mapped is dirty; only emulated devices are tracked page by page.
         The GIL is released.  Source: VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP.
         """
+        cdef uint64_t at = u64("read_dirty", iova), length = u64("read_dirty", size)
         cdef Py_buffer view
         cdef int err
-        self._needs_dirty("read_dirty")
+        self.needs_dirty("read_dirty")
         PyObject_GetBuffer(bitmap, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
             self.enter("read_dirty")
             with nogil:
-                err = dirty_get(self.t, iova, size, min_pgsize(self.t), view.len, <uint64_t> view.buf)
+                err = dirty_get(self.t, at, length, min_pgsize(self.t), view.len, <uint64_t> view.buf)
                 self.leave()
             if err:
                 self.fail(err, "read_dirty", iova, size)
@@ -521,24 +525,28 @@ cdef class Type1:
 
     # ---- emulated devices
 
-    def pin_pages(self, IommuGroup group not None, uint64_t iova, uint64_t npages, uint32_t prot):
+    def pin_pages(self, IommuGroup group not None, iova, npages, prot):
         """Pin pages for an emulated device of ``group``; they stay dirty while pinned.  Source: vfio_pin_pages()."""
+        cdef uint64_t at = u64("pin_pages", iova), n = u64("pin_pages", npages), access = u64("pin_pages", prot)
         cdef int err
+        if access & ~<uint64_t> 3:
+            raise_errno(EINVAL, "pin_pages", iova, None, "prot is READ, WRITE or both")
         self.enter("pin_pages")
         with nogil:
-            err = pin_pages(self.t, &group.group, iova, npages, prot)
+            err = pin_pages(self.t, &group.group, at, n, <uint32_t> access)
             self.leave()
         if err:
             self.fail(err, "pin_pages", iova, npages * 4096)
 
-    def unpin_pages(self, uint64_t iova, uint64_t npages):
+    def unpin_pages(self, iova, npages):
         """Let pages go that pin_pages pinned; those that are not pinned are passed over."""
+        cdef uint64_t at = u64("unpin_pages", iova), n = u64("unpin_pages", npages)
         self.enter("unpin_pages")
         with nogil:
-            unpin_pages(self.t, iova, npages)
+            unpin_pages(self.t, at, n)
             self.leave()
 
-    def dma_read(self, uint64_t iova, size_t size):
+    def dma_read(self, iova, size):
         """Read ``size`` bytes as an emulated device does.
 
         Raises
@@ -546,26 +554,28 @@ cdef class Type1:
         VfioError
             EINVAL not mapped, EPERM not readable, EFAULT memory gone, EBUSY while a vaddr is invalid.
         """
-        cdef bytes data = PyBytes_FromStringAndSize(NULL, size)
+        cdef uint64_t at = u64("dma_read", iova), length = u64("dma_read", size)
+        cdef bytes data = new_bytes("dma_read", iova, length)
         cdef char *to = PyBytes_AS_STRING(data)
         cdef int err
         self.enter("dma_read")
         with nogil:
-            err = dma_rw(self.t, iova, to, size, False)
+            err = dma_rw(self.t, at, to, length, False)
             self.leave()
         if err:
             self.fail(err, "dma_read", iova, size)
         return data
 
-    def dma_write(self, uint64_t iova, data):
+    def dma_write(self, iova, data):
         """Write bytes-like ``data`` as an emulated device does; errors as dma_read, EPERM also without READ."""
+        cdef uint64_t at = u64("dma_write", iova)
         cdef Py_buffer view
         cdef int err
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             self.enter("dma_write")
             with nogil:
-                err = dma_rw(self.t, iova, view.buf, view.len, True)
+                err = dma_rw(self.t, at, view.buf, view.len, True)
                 self.leave()
             if err:
                 self.fail(err, "dma_write", iova, view.len)
@@ -625,11 +635,3 @@ cdef class Type1:
         finally:
             self.leave()
         return array
-
-
-cdef Py_ssize_t rows_of(Py_buffer *view, Py_ssize_t columns) except -1:
-    """Check for an (n, columns) array of u64."""
-    cdef bytes kind = b"B" if view.format == NULL else view.format
-    if view.ndim != 2 or view.shape[1] != columns or view.itemsize != 8 or kind not in (b"L", b"Q", b"<Q", b"=Q", b"<L", b"=L"):
-        raise TypeError(f"expected an (n, {columns}) uint64 array")
-    return view.shape[0]
