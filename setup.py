@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 KERNELS = {
     "errno": [],
     "rangemap": ["rangemap", "vaddrindex"],
-    "iova": ["gaps", "rangemap"],
+    "iova": ["gaps", "iovaspace", "rangemap"],
     "bitmap": ["bitmap", "bitmap_x86", "bitmap_arm", "dirtylog"],
     "copy": ["copy"],
     "memory": ["usercopy"],
