@@ -356,23 +356,28 @@ static inline int scan(const node *n, int slot, bool down, unsigned class, uint6
     return -1;
 }
 
+/* From the row at the slot of `level` down to the first gap below it, from the given side, with at least `need`. */
+static void descend(path *p, unsigned level, bool down, unsigned class, uint64_t need)
+{
+    for (; level; level--) {
+        node *n = p->node[level]->child[p->slot[level]];
+
+        p->node[level - 1] = n;
+        p->slot[level - 1] = scan(n, down ? (int)n->count : -1, down, class, need);
+    }
+}
+
 /* From the slots of `level` and above to the next gap in the given direction with at least `need`. */
 static bool step(const gaps *tree, path *p, unsigned level, bool down, unsigned class, uint64_t need)
 {
     for (; level < tree->height; level++) {
-        node *n = p->node[level];
-        int slot = scan(n, p->slot[level], down, class, need);
+        int slot = scan(p->node[level], p->slot[level], down, class, need);
 
-        if (slot < 0)
-            continue;
-        p->slot[level] = slot;
-        while (level--) {
-            n = n->child[slot];
-            slot = scan(n, down ? (int)n->count : -1, down, class, need);
-            p->node[level] = n;
+        if (slot >= 0) {
             p->slot[level] = slot;
+            descend(p, level, down, class, need);
+            return true;
         }
-        return true;
     }
     return false;
 }

@@ -198,5 +198,5 @@ class AllocatorMachine(RuleBasedStateMachine):
             assert (stats.used, stats.chunks) == (0, 0)
 
 
-AllocatorMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+AllocatorMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 TestAllocator = AllocatorMachine.TestCase

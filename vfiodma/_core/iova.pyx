@@ -2,7 +2,8 @@
 import errno as _errno
 from typing import NamedTuple
 
-from libc.stddef cimport size_t
+from cpython.long cimport PyLong_CheckExact
+from cpython.number cimport PyNumber_Index
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 
@@ -89,10 +90,12 @@ class IovaStats(NamedTuple):
 
 cdef uint64_t number(object value, str operation, str name) except? 18446744073709551615:
     """An unsigned 64-bit integer, or a typed error."""
+    if not PyLong_CheckExact(value):
+        value = PyNumber_Index(value)       # a float is not an address
     try:
         return <uint64_t>value
     except OverflowError:
-        raise_errno(_errno.EINVAL, operation, None, None, f"{name} must be from 0 to 2**64 - 1, it is {int(value):#x}")
+        raise_errno(_errno.EINVAL, operation, None, None, f"{name} must be from 0 to 2**64 - 1, it is {value:#x}")
 
 
 cdef list pairs(object ranges, str operation):
@@ -103,8 +106,8 @@ cdef list pairs(object ranges, str operation):
         start = number(a, operation, "start")
         last = number(b, operation, "last")
         if last < start:
-            raise_errno(_errno.EINVAL, operation, a, None, f"a range is (start, last), and last {b:#x} is below start")
-        out.append((a, b))
+            raise_errno(_errno.EINVAL, operation, start, None, f"a range is (start, last); last {last:#x} is below start")
+        out.append((start, last))
     out.sort()
     return out
 
