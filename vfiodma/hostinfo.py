@@ -17,8 +17,9 @@ from .uapi import vfio
 CAP_IPC_LOCK = 14
 CAP_SYS_PTRACE = 19
 UNLIMITED = resource.RLIM_INFINITY
-# Buses whose VFIO driver is not "vfio-<bus>" are left out: the name is only a hint of which driver to bind.
-_VFIO_DRIVER = {"pci": "vfio-pci", "platform": "vfio-platform", "ap": "vfio_ap", "fsl-mc": "vfio-fsl-mc", "cdx": "vfio-cdx"}
+# The driver to bind a device of a bus to.
+_VFIO_DRIVER = {"pci": "vfio-pci", "platform": "vfio-platform", "ap": "vfio_ap", "fsl-mc": "vfio-fsl-mc",
+                "cdx": "vfio-cdx"}
 
 
 @dataclass(frozen=True)

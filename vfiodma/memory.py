@@ -1,7 +1,7 @@
 """Memory for DMA: blocks of process memory with an address, and the layout of guest memory made of them.
 
-A block is a Python ``mmap``.  Whoever needs its address for longer (a mapping, a slice) holds a memoryview of it: as long
-as one exists, ``close()`` is refused with EBUSY, so that an address in use never leads nowhere.
+A block is a Python ``mmap``.  Whoever needs its address for longer (a mapping, a slice) holds a memoryview of it: as
+long as one exists, ``close()`` is refused with EBUSY, so that an address in use never leads nowhere.
 """
 import bisect
 import contextlib

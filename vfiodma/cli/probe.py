@@ -39,7 +39,8 @@ def _node(topic: str, node: Any, missing: str) -> Finding:
         return Finding(topic, False, f"no {node.path}", missing)
     if not node.accessible:
         return Finding(topic, False, f"{node.path} is there, but not for you",
-                       f"chown it to your user, or a udev rule: KERNEL==\"{node.path.rsplit('/', 1)[1]}\", MODE=\"0660\"")
+                       "chown it to your user, or a udev rule: "
+                       f"KERNEL==\"{node.path.rsplit('/', 1)[1]}\", MODE=\"0660\"")
     return Finding(topic, True, node.path)
 
 
@@ -50,7 +51,8 @@ def _groups(host: HostInfo) -> list[Finding]:
                         "(in a virtual machine, add a virtual IOMMU)")]
     findings = [Finding("IOMMU groups", True, str(len(host.groups)))]
     for group in host.groups:
-        devices = ", ".join(f"{d.address}{f' [{d.ids}]' if d.ids else ''} ({d.driver or 'no driver'})" for d in group.devices)
+        devices = ", ".join(f"{d.address}{f' [{d.ids}]' if d.ids else ''} ({d.driver or 'no driver'})"
+                            for d in group.devices)
         ready = group.node.exists and group.viable
         advice = ""
         if not ready:

@@ -1,0 +1,160 @@
+"""The table of mappings.
+
+Ordered maps keep it, so that a mapping costs no Python object.  ``translations`` (iova -> vaddr) holds what can be
+translated and is read without a lock; ``invalid`` (iova -> last vaddr) holds mappings between invalidate_vaddr() and
+update_vaddr(); ``tags`` holds every mapping's permissions and the number of what keeps its memory.  A mapping is in
+``tags`` and in exactly one of the other two; ``reverse`` (vaddr -> iova) knows those in ``translations``.  Whoever
+changes the table holds the address space's lock.
+"""
+import contextlib
+import errno
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .._core.errno import error
+from .._core.rangemap import RangeMap, VaddrIndex
+from ..errors import VfioError
+from ..types import Mapping, Prot
+
+_TOP = (1 << 64) - 1
+# A tag: prot in bits 0-1, device memory in bit 2, the number of the keeper above.
+_MMIO, _KEEPER_SHIFT = 4, 3
+
+
+class Row(NamedTuple):
+    """A mapping with what the table knows besides; ``keeper`` is only there for rows on their way in."""
+
+    iova: int
+    vaddr: int
+    size: int
+    prot: int
+    mmio: bool = False
+    keeper: Any = None
+
+    @property
+    def last(self) -> int:
+        """Last iova."""
+        return self.iova + self.size - 1
+
+    @property
+    def mapping(self) -> Mapping:
+        """The public form."""
+        return Mapping(self.iova, self.vaddr, self.size, Prot(self.prot))
+
+
+class MappingTable:
+    """Every mapping of an address space; ``release`` is called with each keeper that no mapping needs any more."""
+
+    def __init__(self, release: Callable[[Any], None]) -> None:
+        self.translations, self.invalid, self.tags = RangeMap(), RangeMap(), RangeMap()
+        self.reverse = VaddrIndex()
+        self._release = release
+        self._keepers: dict[int, list[Any]] = {}        # number -> [what is kept, mappings that need it]
+        self._newest = 0
+
+    def __len__(self) -> int:
+        return len(self.tags)
+
+    def rows(self, iova: int = 0, last: int = _TOP) -> list[Row]:
+        """Collect the mappings that touch a range, ascending."""
+        rows = []
+        while iova <= last and (entry := self.tags.lower(iova)) is not None and entry[0] <= last:
+            start, size, tag = entry
+            vaddr = self.translations.get(start)
+            if vaddr is None:
+                vaddr = self.invalid.translate(start)
+            rows.append(Row(start, vaddr, size, tag & Prot.RW, bool(tag & _MMIO)))
+            iova = start + size
+        return rows
+
+    def covering(self, operation: str, iova: int, last: int) -> list[Row]:
+        """Collect the mappings of a range without holes; ENOENT tells where the first hole begins."""
+        rows, expected = self.rows(iova, last), iova
+        for row in rows:
+            if row.iova > expected:
+                break
+            expected = row.last + 1
+        if expected <= last:
+            raise error(errno.ENOENT, operation, expected, last - expected + 1, "nothing is mapped there")
+        return rows
+
+    def starting(self, operation: str, iova: int) -> Row:
+        """Return the mapping that starts at an address."""
+        rows = self.rows(iova, iova)
+        if not rows or rows[0].iova != iova:
+            raise error(errno.ENOENT, operation, iova, None, "no mapping starts there")
+        return rows[0]
+
+    def segments(self, operation: str, iova: int, last: int, prot: int = 0) -> list[tuple[int, int]]:
+        """Return (vaddr, size) of the memory behind a range, neighbours joined; EPERM where ``prot`` is not allowed."""
+        segments: list[tuple[int, int]] = []
+        for row in self.covering(operation, iova, last):
+            if missing := prot & ~row.prot:
+                raise error(errno.EPERM, operation, iova, last - iova + 1,
+                            f"the mapping at {row.iova:#x} does not allow {Prot(missing).name}")
+            if self.is_invalid(row):
+                raise error(errno.ENOENT, operation, row.iova, row.size, "its vaddr is invalid until update_vaddr()")
+            begin, end = max(iova, row.iova), min(last, row.last)
+            vaddr, size = row.vaddr + begin - row.iova, end - begin + 1
+            if segments and sum(segments[-1]) == vaddr:
+                segments[-1] = segments[-1][0], segments[-1][1] + size
+            else:
+                segments.append((vaddr, size))
+        return segments
+
+    def is_invalid(self, row: Row) -> bool:
+        """Whether a mapping waits for its new vaddr."""
+        return bool(len(self.invalid)) and row.iova in self.invalid
+
+    def add(self, row: Row) -> None:
+        """Enter a new mapping; :meth:`remove` takes back what a failure left."""
+        self.tags.insert(row.iova, row.size, row.prot | _MMIO * row.mmio)
+        self.translations.insert(row.iova, row.size, row.vaddr)
+        self.reverse.insert(row.vaddr, row.size, row.iova)
+        self.keep(row, row.keeper)
+
+    def remove(self, row: Row) -> None:
+        """Take a mapping out, of whatever parts it is in."""
+        self.keep(row, None)
+        self._take_out((self.tags.remove, row.iova), (self.translations.remove, row.iova),
+                       (self.invalid.remove, row.iova), (self.reverse.remove, row.vaddr, row.iova))
+
+    def invalidate(self, row: Row, vaddr: int | None = None) -> None:
+        """Stop translating a mapping, remember its vaddr (or the one given), and let its memory go."""
+        self._take_out((self.translations.remove, row.iova), (self.reverse.remove, row.vaddr, row.iova))
+        if row.iova not in self.invalid:
+            self.invalid.insert(row.iova, row.size, row.vaddr if vaddr is None else vaddr)
+        self.keep(row, None)
+
+    def restore(self, row: Row) -> None:
+        """Translate an invalid mapping again, to its new address; :meth:`invalidate` takes back what a failure left."""
+        self.translations.insert(row.iova, row.size, row.vaddr)
+        self.reverse.insert(row.vaddr, row.size, row.iova)
+        self.invalid.remove(row.iova)
+        self.keep(row, row.keeper)
+
+    def keep(self, row: Row, keeper: Any) -> None:
+        """Give a mapping a new keeper; release the old one when no mapping needs it any more."""
+        entry = self.tags.find(row.iova)
+        if entry is None:
+            return
+        old, new = entry[2] >> _KEEPER_SHIFT, 0
+        if keeper is not None:
+            # Mappings made together share their keeper, and come one after the other.
+            if self._newest not in self._keepers or self._keepers[self._newest][0] is not keeper:
+                self._newest += 1
+                self._keepers[self._newest] = [keeper, 0]
+            new = self._newest
+            self._keepers[new][1] += 1
+        if new != old:
+            self.tags.set_value(row.iova, entry[2] & (Prot.RW | _MMIO) | new << _KEEPER_SHIFT)
+        if old:
+            self._keepers[old][1] -= 1
+            if not self._keepers[old][1]:
+                self._release(self._keepers.pop(old)[0])
+
+    @staticmethod
+    def _take_out(*steps: tuple[Any, ...]) -> None:
+        for remove, *arguments in steps:
+            with contextlib.suppress(VfioError):
+                remove(*arguments)
