@@ -6,11 +6,7 @@
 
 enum {
     CLASSES = 3,
-#ifndef GAPS_FAN
     FAN = 32,
-#else
-    FAN = GAPS_FAN,
-#endif
     LEAST = FAN / 4,    /* rows of a node that is not the root */
     HEIGHT = 16,        /* LEAST ** HEIGHT gaps don't fit in memory */
     SLAB = 64,          /* nodes a malloc */

@@ -2,13 +2,12 @@
 import errno as _errno
 from typing import NamedTuple
 
-from cpython.long cimport PyLong_CheckExact
-from cpython.number cimport PyNumber_Index
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 
 from ..errors import IovaSpaceError
 from ..types import IovaRange
+from .args cimport u64
 from .errno cimport raise_errno
 
 
@@ -74,8 +73,8 @@ class IovaStats(NamedTuple):
     fragmentation : float
         ``1 - largest[pgsize] / free``; 0.0 when nothing is free.
     largest : dict
-        Alignment in bytes -> bytes of the largest hole beginning on it, for 4 KiB, 2 MiB, 1 GiB and every page size up to
-        1 GiB (alignments below the smallest page size are left out).
+        Alignment in bytes -> bytes of the largest hole beginning on it, for 4 KiB, 2 MiB, 1 GiB and every page size
+        up to 1 GiB (alignments below the smallest page size are left out).
     """
 
     total: int
@@ -88,25 +87,15 @@ class IovaStats(NamedTuple):
     largest: dict
 
 
-cdef uint64_t number(object value, str operation, str name) except? 18446744073709551615:
-    """An unsigned 64-bit integer, or a typed error."""
-    if not PyLong_CheckExact(value):
-        value = PyNumber_Index(value)       # a float is not an address
-    try:
-        return <uint64_t>value
-    except OverflowError:
-        raise_errno(_errno.EINVAL, operation, None, None, f"{name} must be from 0 to 2**64 - 1, it is {value:#x}")
-
-
 cdef list pairs(object ranges, str operation):
     """(start, last) for each, sorted and checked."""
     cdef list out = []
     cdef uint64_t start, last
     for a, b in ranges:
-        start = number(a, operation, "start")
-        last = number(b, operation, "last")
+        start = u64(operation, a)
+        last = u64(operation, b)
         if last < start:
-            raise_errno(_errno.EINVAL, operation, start, None, f"a range is (start, last); last {last:#x} is below start")
+            raise_errno(_errno.EINVAL, operation, start, None, f"range with last {last:#x} below its start")
         out.append((start, last))
     out.sort()
     return out
@@ -164,13 +153,13 @@ cdef class IovaAllocator:
     Notes
     -----
     The lowest place that fits is used; with `top_down` the highest.  That, and the answer whether there is a place, is
-    exact for alignments of the smallest page size, 2 MiB and 1 GiB, and takes O(log n) however fragmented the space is.  For
-    other alignments up to 64 holes are tried in order, then the first hole that is sure to fit; only when there is none
-    either, the remaining holes are tried one by one, so that the answer is still exact.
+    exact for alignments of the smallest page size, 2 MiB and 1 GiB, and takes O(log n) however fragmented the space is.
+    For other alignments up to 64 holes are tried in order, then the first hole that is sure to fit; only when there is
+    none either, the remaining holes are tried one by one, so that the answer whether there is a place is still exact.
 
-    Ephemeral allocations share chunks (2 MiB and larger) carved from the top of the space, so that they never fragment the
-    lasting ones.  A chunk goes back when it is empty.  When nothing else is left, lasting allocations may use free space
-    of chunks, and ephemeral ones any hole.
+    Ephemeral allocations share chunks (2 MiB and larger) carved from the top of the space, so that they never fragment
+    the lasting ones.  A chunk goes back when it is empty.  When nothing else is left, lasting allocations may use free
+    space of chunks, and ephemeral ones any hole.  The cost of that is borne by the calls that filled the chunk.
 
     IOVA 0 is never handed out by `allocate`, too many drivers take it for "none"; `reserve` can have it.
 
@@ -182,7 +171,7 @@ cdef class IovaAllocator:
     """
 
     def __cinit__(self, ranges, *, pgsizes=0x40201000, reserved=()):
-        self.pgsizes = number(pgsizes, "IovaAllocator", "pgsizes")
+        self.pgsizes = u64("IovaAllocator", pgsizes)
         if not self.pgsizes or self.pgsizes & (KIB4 - 1):
             raise_errno(_errno.EINVAL, "IovaAllocator", None, None,
                         f"pgsizes is a bitmap of page sizes from 4 KiB up, it is {pgsizes:#x}")
@@ -236,7 +225,7 @@ cdef class IovaAllocator:
             ENOMEM: out of memory.
         """
         cdef iovaspace_request request
-        cdef uint64_t nbytes = number(size, "allocate", "size"), mask = self.pgsize - 1, alignment, start
+        cdef uint64_t nbytes = u64("allocate", size), mask = self.pgsize - 1, alignment, start
         cdef int err
         if not nbytes or nbytes & mask:
             self.misaligned("allocate", None, size, "size")
@@ -245,24 +234,24 @@ cdef class IovaAllocator:
             nbytes = self.pgsizes & (2 * highest_bit(min(nbytes, <uint64_t>GIB)) - 1)
             alignment = highest_bit(nbytes) if nbytes else self.pgsize
         else:
-            alignment = number(align, "allocate", "align")
+            alignment = u64("allocate", align)
             if not alignment or alignment & (alignment - 1) or alignment > max(self.pgsize, <uint64_t>GIB):
                 raise_errno(_errno.EINVAL, "allocate", None, size,
                             f"align must be a power of two up to 1 GiB, it is {alignment:#x}")
             alignment = max(alignment, self.pgsize)
         request.align = alignment >> self.pgshift
-        nbytes = number(guard, "allocate", "guard")
+        nbytes = u64("allocate", guard)
         if nbytes & mask:
             self.misaligned("allocate", None, size, "guard")
         request.guard = nbytes >> self.pgshift
-        nbytes = ALL if limit is None else number(limit, "allocate", "limit")
+        nbytes = ALL if limit is None else u64("allocate", limit)
         if nbytes < mask:
             self.no_space(size, alignment, 0, limit)
         request.last = (nbytes - mask) >> self.pgshift      # the last page that ends at the limit or before it
         request.hint = ALL
         request.hint_align = 1 if align is None else request.align
         if hint is not None:
-            start = number(hint, "allocate", "hint")
+            start = u64("allocate", hint)
             if not start & mask:
                 request.hint = start >> self.pgshift
         request.top_down = top_down
@@ -293,7 +282,7 @@ cdef class IovaAllocator:
         LockedMemoryError
             ENOMEM: out of memory.
         """
-        cdef uint64_t start = number(iova, "reserve", "iova"), nbytes = number(size, "reserve", "size")
+        cdef uint64_t start = u64("reserve", iova), nbytes = u64("reserve", size)
         cdef uint64_t mask = self.pgsize - 1
         cdef int err
         if not nbytes or (start | nbytes) & mask:
@@ -323,7 +312,7 @@ cdef class IovaAllocator:
         LockedMemoryError
             ENOMEM: out of memory; it is still allocated.
         """
-        cdef uint64_t start = number(iova, "free", "iova")
+        cdef uint64_t start = u64("free", iova)
         cdef int err = -_errno.ENOENT
         if not start & (self.pgsize - 1):
             self.lock()
@@ -387,8 +376,8 @@ cdef class IovaAllocator:
             self.unlock()
 
     def stats(self):
-        """How much is free, and in what pieces.  O(log n) for the alignments of the smallest page size, 2 MiB and 1 GiB; a
-        scan of the gaps for each other page size.
+        """How much is free, and in what pieces.  O(log n) for alignments of the smallest page size, 2 MiB and 1 GiB;
+        a scan of the gaps for each other page size.
 
         Returns
         -------
@@ -409,7 +398,8 @@ cdef class IovaAllocator:
             return IovaStats(
                 total=total, used=total - left, free=left, allocations=rangemap_count(self.space.used),
                 gaps=gaps_count(self.space.lasting) + gaps_count(self.space.pool),
-                chunks=rangemap_count(self.space.chunks), fragmentation=1 - most / left if left else 0.0, largest=largest)
+                chunks=rangemap_count(self.space.chunks), fragmentation=1 - most / left if left else 0.0,
+                largest=largest)
         finally:
             self.unlock()
 
