@@ -16,12 +16,9 @@ from .._core.memory import read_memory, write_memory
 from .._core.type1 import VERSIONS, IommuGroup, Type1, extension, generation, locked_pages
 from ..errors import ForkedError, VfioError
 from ..types import Capabilities
+from ..uapi import vfio as abi
 from .vfio_pci import PlainDevice, device_ioctl, device_pread, device_pwrite
 
-_GET_API_VERSION, _CHECK_EXTENSION, _SET_IOMMU = 0x3B64, 0x3B65, 0x3B66
-_GET_STATUS, _SET_CONTAINER, _UNSET_CONTAINER, _GET_DEVICE_FD = 0x3B67, 0x3B68, 0x3B69, 0x3B6A
-_TYPE1, _TYPE1V2, _NESTING, _UNMAP_ALL, _UPDATE_VADDR = 1, 3, 6, 9, 10
-_VIABLE, _CONTAINER_SET = 1, 2
 _PAGE = 4096
 _MAX_DIRTY_BITMAP = 268435456
 _MEMLOCK_PROCESS, _MEMLOCK_UNLIMITED = -1, -2
@@ -89,14 +86,14 @@ class _Container:
         self.fd_open = True
 
     def ioctl(self, request, arg):
-        if request == _GET_API_VERSION:
+        if request == abi.VFIO_GET_API_VERSION:
             return 0
         type1 = self.type1
-        if request == _SET_IOMMU:
+        if request == abi.VFIO_SET_IOMMU:
             return self.set_iommu(arg)
         if type1 is not None:
             return type1.ioctl(request, arg)
-        if request == _CHECK_EXTENSION:
+        if request == abi.VFIO_CHECK_EXTENSION:
             return extension(self.vfio.kernel, arg)
         raise error(errno.EINVAL, "container_ioctl", hint="no IOMMU driver is set: attach a group, then SET_IOMMU")
 
@@ -105,14 +102,14 @@ class _Container:
         with self.vfio._lock:
             if not self.groups or self.type1 is not None:
                 raise error(errno.EINVAL, "set_iommu", hint="needs a group in the container, and can be done once")
-            if kind == _NESTING and version <= VERSIONS["6.12"]:
+            if kind == abi.VFIO_TYPE1_NESTING_IOMMU and version <= VERSIONS["6.12"]:
                 if any(not group.iommu.emulated and not group.iommu.nestable for group in self.groups):
                     raise error(errno.EINVAL, "set_iommu", hint="this IOMMU can't nest")
-            elif kind == _UNMAP_ALL and version >= VERSIONS["5.12"] or kind == _UPDATE_VADDR and version == VERSIONS["5.12"]:
+            elif kind == abi.VFIO_UNMAP_ALL and version >= VERSIONS["5.12"] or kind == abi.VFIO_UPDATE_VADDR and version == VERSIONS["5.12"]:
                 raise error(errno.EINVAL, "set_iommu", hint="an extension, not an IOMMU type")
-            elif kind not in (_TYPE1, _TYPE1V2):
+            elif kind not in (abi.VFIO_TYPE1_IOMMU, abi.VFIO_TYPE1v2_IOMMU):
                 raise error(errno.ENODEV, "set_iommu", hint="types are 1 (Type1) and 3 (Type1v2)")
-            type1 = Type1(self.vfio.kernel, kind != _TYPE1, self.vfio.dma_entry_limit, self.vfio._memlock_limit)
+            type1 = Type1(self.vfio.kernel, kind != abi.VFIO_TYPE1_IOMMU, self.vfio.dma_entry_limit, self.vfio._memlock_limit)
             try:
                 for group in reversed(self.groups):         # the kernel keeps the newest first
                     type1.attach(group.iommu)
@@ -166,19 +163,24 @@ class _Group:
 
     def ioctl(self, request, arg):
         with self.vfio._lock:
-            if request == _GET_STATUS:
-                argsz, = struct.unpack_from("I", read_memory(arg, 8))
-                if argsz < 8:
-                    raise error(errno.EINVAL, "group_get_status", hint="argsz must be at least 8")
-                write_memory(arg, struct.pack("II", argsz, _VIABLE | (_CONTAINER_SET if self.container else 0)))
-                return 0
-            if request == _SET_CONTAINER:
+            if request == abi.VFIO_GROUP_GET_STATUS:
+                return self.get_status(arg)
+            if request == abi.VFIO_GROUP_SET_CONTAINER:
                 return self.set_container(struct.unpack("i", read_memory(arg, 4))[0])
-            if request == _UNSET_CONTAINER:
+            if request == abi.VFIO_GROUP_UNSET_CONTAINER:
                 return self.unset_container()
-            if request == _GET_DEVICE_FD:
+            if request == abi.VFIO_GROUP_GET_DEVICE_FD:
                 return self.get_device_fd(self._read_name(arg))
         raise error(errno.ENOTTY, "group_ioctl", hint=f"request {request:#x}")
+
+    def get_status(self, arg):
+        layout = abi.vfio_group_status
+        argsz = layout.unpack(read_memory(arg, layout.size))["argsz"]
+        if argsz < layout.size:
+            raise error(errno.EINVAL, "group_get_status", hint=f"argsz must be at least {layout.size}")
+        flags = abi.VFIO_GROUP_FLAGS_VIABLE | (abi.VFIO_GROUP_FLAGS_CONTAINER_SET if self.container else 0)
+        write_memory(arg, layout.pack(argsz=argsz, flags=flags))
+        return 0
 
     def set_container(self, fd):
         container = self.vfio._files.get(fd)
@@ -404,7 +406,7 @@ class SoftwareVfio:
 
     # ---- the typed door
 
-    def container(self, *, iommu_type=_TYPE1V2, groups=None):
+    def container(self, *, iommu_type=abi.VFIO_TYPE1v2_IOMMU, groups=None):
         """Open a container with groups (None: all of them) and their devices; return a SoftwareContainer."""
         return SoftwareContainer(self, iommu_type, sorted(self._groups) if groups is None else groups)
 
@@ -553,6 +555,6 @@ class ContainerSource:
         self.type1.stop_dirty()
 
 
-def open(*, groups=None, iommu_type=_TYPE1V2, **options):
+def open(*, groups=None, iommu_type=abi.VFIO_TYPE1v2_IOMMU, **options):
     """Make a SoftwareVfio and open a container with all of its groups; options are those of SoftwareVfio."""
     return SoftwareVfio(groups=groups, **options).container(iommu_type=iommu_type)

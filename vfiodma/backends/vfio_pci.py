@@ -1,16 +1,18 @@
 """What vfio-pci answers on the descriptor of a software device: information, registers, reset."""
-import struct
+import errno
+from typing import Any
 
 from .._core.errno import error
 from .._core.memory import read_memory, write_memory
 from ..protocols import SoftwareDevice
+from ..uapi import vfio as abi
+from ..uapi.layout import Layout
 
-_GET_INFO, _GET_REGION_INFO, _GET_IRQ_INFO, _RESET = 0x3B6B, 0x3B6C, 0x3B6D, 0x3B6F
-_REGIONS, _IRQS = 9, 5
-_ROM, _CONFIG, _VGA, _ERR_IRQ = 6, 7, 8, 3
-_READ, _WRITE = 1, 2
+_REGIONS, _IRQS = abi.VFIO_PCI_NUM_REGIONS, abi.VFIO_PCI_NUM_IRQS
+_ROM, _CONFIG, _VGA = abi.VFIO_PCI_ROM_REGION_INDEX, abi.VFIO_PCI_CONFIG_REGION_INDEX, abi.VFIO_PCI_VGA_REGION_INDEX
 _OFFSET_SHIFT = 40              # a region's place in the descriptor's file is its index << 40
-_IRQ_FLAGS = (7, 9, 9, 9, 9)    # EVENTFD with MASKABLE and AUTOMASKED for INTx, with NORESIZE for the others
+_INTX_FLAGS = abi.VFIO_IRQ_INFO_EVENTFD | abi.VFIO_IRQ_INFO_MASKABLE | abi.VFIO_IRQ_INFO_AUTOMASKED
+_OTHER_FLAGS = abi.VFIO_IRQ_INFO_EVENTFD | abi.VFIO_IRQ_INFO_NORESIZE
 
 
 class PlainDevice:
@@ -43,12 +45,41 @@ class PlainDevice:
         self._config[4:6] = bytes(2)
 
 
-def _head(arg, size, operation):
-    """Read the start of a struct and check its argsz."""
-    data = read_memory(arg, size)
-    if struct.unpack_from("I", data)[0] < size:
-        raise error(22, operation, hint=f"argsz must be at least {size}")
-    return data
+def _read(layout: Layout, size: int, arg: int, operation: str) -> dict[str, Any]:
+    """Read the first `size` bytes of a struct and check its argsz."""
+    values = layout.unpack(read_memory(arg, size).ljust(layout.size, b"\0"))
+    if values["argsz"] < size:
+        raise error(errno.EINVAL, operation, hint=f"argsz must be at least {size}")
+    return values
+
+
+def _get_info(arg):
+    values = _read(abi.vfio_device_info, 16, arg, "device_get_info")
+    values |= {"flags": abi.VFIO_DEVICE_FLAGS_RESET | abi.VFIO_DEVICE_FLAGS_PCI, "num_regions": _REGIONS, "num_irqs": _IRQS,
+               "cap_offset": 0, "pad": 0}
+    write_memory(arg, abi.vfio_device_info.pack(**values)[:min(values["argsz"], abi.vfio_device_info.size)])
+
+
+def _get_region_info(device, arg):
+    layout = abi.vfio_region_info
+    values = _read(layout, layout.size, arg, "device_get_region_info")
+    index = values["index"]
+    if index >= _REGIONS or index == _VGA:
+        raise error(errno.EINVAL, "device_get_region_info", hint=f"region {index} does not exist")
+    size = device.region_size(index)
+    flags = abi.VFIO_REGION_INFO_FLAG_READ | (0 if index == _ROM else abi.VFIO_REGION_INFO_FLAG_WRITE)
+    values |= {"flags": flags if size else 0, "cap_offset": 0, "size": size, "offset": index << _OFFSET_SHIFT}
+    write_memory(arg, layout.pack(**values))
+
+
+def _get_irq_info(device, arg):
+    layout = abi.vfio_irq_info
+    values = _read(layout, layout.size, arg, "device_get_irq_info")
+    index = values["index"]
+    if index >= _IRQS or (index == abi.VFIO_PCI_ERR_IRQ_INDEX and not device.irq_count(index)):
+        raise error(errno.EINVAL, "device_get_irq_info", hint=f"interrupt index {index} does not exist")
+    values |= {"flags": _OTHER_FLAGS if index else _INTX_FLAGS, "count": device.irq_count(index)}
+    write_memory(arg, layout.pack(**values))
 
 
 def device_ioctl(device: SoftwareDevice, request: int, arg: int) -> int:
@@ -63,26 +94,16 @@ def device_ioctl(device: SoftwareDevice, request: int, arg: int) -> int:
     -----
     Source: the vfio-pci rules for GET_INFO, GET_REGION_INFO, GET_IRQ_INFO and RESET.
     """
-    if request == _GET_INFO:
-        argsz, = struct.unpack_from("I", _head(arg, 16, "device_get_info"))
-        info = struct.pack("IIIIII", argsz, 3, _REGIONS, _IRQS, 0, 0)       # RESET and PCI
-        write_memory(arg, info[:min(argsz, 24)])
-    elif request == _GET_REGION_INFO:
-        argsz, _, index = struct.unpack_from("III", _head(arg, 32, "device_get_region_info"))
-        if index >= _REGIONS or index == _VGA:
-            raise error(22, "device_get_region_info", hint=f"region {index} does not exist")
-        size = device.region_size(index)
-        flags = 0 if not size else _READ if index == _ROM else _READ | _WRITE
-        write_memory(arg, struct.pack("IIIIQQ", argsz, flags, index, 0, size, index << _OFFSET_SHIFT))
-    elif request == _GET_IRQ_INFO:
-        argsz, _, index = struct.unpack_from("III", _head(arg, 16, "device_get_irq_info"))
-        if index >= _IRQS or (index == _ERR_IRQ and not device.irq_count(index)):
-            raise error(22, "device_get_irq_info", hint=f"interrupt index {index} does not exist")
-        write_memory(arg, struct.pack("IIII", argsz, _IRQ_FLAGS[index], index, device.irq_count(index)))
-    elif request == _RESET:
+    if request == abi.VFIO_DEVICE_GET_INFO:
+        _get_info(arg)
+    elif request == abi.VFIO_DEVICE_GET_REGION_INFO:
+        _get_region_info(device, arg)
+    elif request == abi.VFIO_DEVICE_GET_IRQ_INFO:
+        _get_irq_info(device, arg)
+    elif request == abi.VFIO_DEVICE_RESET:
         device.reset()
     else:
-        raise error(25, "device_ioctl", hint=f"request {request:#x}")
+        raise error(errno.ENOTTY, "device_ioctl", hint=f"request {request:#x}")
     return 0
 
 
@@ -90,7 +111,7 @@ def _place(device, size, offset):
     """Split a file offset into region, offset in it and size, cut at the region's end."""
     index, at = offset >> _OFFSET_SHIFT, offset & ((1 << _OFFSET_SHIFT) - 1)
     if offset < 0 or index >= _REGIONS or not device.region_size(index) or at >= device.region_size(index):
-        raise error(22, "device_access", size=size, hint=f"file offset {offset:#x} is in no region")
+        raise error(errno.EINVAL, "device_access", size=size, hint=f"file offset {offset:#x} is in no region")
     return index, at, min(size, device.region_size(index) - at)
 
 
@@ -103,6 +124,6 @@ def device_pwrite(device: SoftwareDevice, data: bytes, offset: int) -> int:
     """Write registers at a file offset; return the bytes written."""
     index, at, size = _place(device, len(data), offset)
     if index == _ROM:
-        raise error(22, "device_access", size=len(data), hint="the ROM is read-only")
+        raise error(errno.EINVAL, "device_access", size=len(data), hint="the ROM is read-only")
     device.region_write(index, at, bytes(data[:size]))
     return size
