@@ -15,8 +15,9 @@ LIMIT_NS = 500          # an allocation or a release, however fragmented the spa
 def figures(tmp_path_factory):
     program = tmp_path_factory.mktemp("iova") / "iova"
     csrc = ROOT / "csrc"
+    kernels = [f"{csrc}/{name}.c" for name in ("gaps", "iovaspace", "rangemap")]
     subprocess.run([os.environ.get("CC", "cc"), "-std=gnu11", "-O3", f"-I{csrc}", f"{ROOT}/benchmarks/peers/iova.c",
-                    *(f"{csrc}/{name}.c" for name in ("gaps", "iovaspace", "rangemap")), "-pthread", "-o", str(program)],
+                    *kernels, "-pthread", "-o", str(program)],
                    check=True)
     lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
     return {name: float(ns) for name, ns in (line.split() for line in lines)}

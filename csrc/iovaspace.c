@@ -225,11 +225,12 @@ int iovaspace_release(iovaspace *space, uint64_t start)
 {
     rangemap_entry entry;
 
-    if (!rangemap_find(space->used, start, &entry) || entry.start != start)
+    if (rangemap_remove(space->used, start, &entry))
         return -ENOENT;
-    if (prepare_give(space, entry.start, entry.last))
+    if (prepare_give(space, entry.start, entry.last)) {
+        rangemap_insert(space->used, entry.start, entry.last, entry.value);     /* in the room it has just left */
         return -ENOMEM;
-    rangemap_remove(space->used, start, NULL);
+    }
     space->used_pages -= entry.last - entry.start + 1;
     give(space, entry.start, entry.last);
     return 0;

@@ -270,7 +270,8 @@ def test_gaps_in_c(tmp_path, flags):
     program = tmp_path / "gaps"
     built = subprocess.run(
         [os.environ.get("CC", "cc"), "-std=c11", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", *flags,
-         f"-I{ROOT}/csrc", f"{ROOT}/tests/c/gaps.c", f"{ROOT}/csrc/gaps.c", "-o", str(program)], capture_output=True, text=True)
+         f"-I{ROOT}/csrc", f"{ROOT}/tests/c/gaps.c", f"{ROOT}/csrc/gaps.c", "-o", str(program)],
+        capture_output=True, text=True)
     if built.returncode and "sanitize" in built.stderr:
         pytest.skip("no sanitizers here")
     assert not built.returncode, built.stderr
