@@ -17,6 +17,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
 /* Vector loads of data that a writer may be changing can't be declared atomic, so ThreadSanitizer sees the scalar level. */
@@ -29,6 +30,8 @@ enum {
     FANOUT = 32, INNER_MIN = 10, INNER_MERGED = 24, INNER_BUILT = 28,
     HEIGHT = 16,                /* 2^16 at the least branching of 2, in practice 10^16 entries */
     RETRIES = 64,
+    GROUP = 16,                 /* keys looked up side by side */
+    DENSE = GROUP << 16,        /* bytes that a group of keys spans when it counts as a run: 64 KiB a key */
 };
 
 typedef struct {
@@ -136,6 +139,26 @@ static inline rangemap_entry leaf_get(const leaf *at, unsigned i)
     return (rangemap_entry){GET(at->start[i]), GET(at->tail[i].last), GET(at->tail[i].value)};
 }
 
+/* Search without the lock, or with it when writers keep coming between. */
+static inline bool search(rangemap *map, int (*once)(const rangemap *, uint64_t, rangemap_entry *), uint64_t key,
+                          rangemap_entry *out)
+{
+    rangemap_entry ignored;
+    int found;
+
+    if (!out)
+        out = &ignored;
+    for (int i = 0; i < RETRIES; i++) {
+        found = once(map, key, out);
+        if (__builtin_expect(found >= 0, 1))
+            return found;
+    }
+    pthread_mutex_lock(&map->mutex);
+    found = once(map, key, out);
+    pthread_mutex_unlock(&map->mutex);
+    return found;
+}
+
 #define LEVEL 0
 #define TARGET
 #define FN(name) name##_scalar
@@ -152,7 +175,7 @@ static inline rangemap_entry leaf_get(const leaf *at, unsigned i)
 #undef TARGET
 #undef FN
 #define LEVEL 2
-#define TARGET __attribute__((target("avx512f,avx512vl,avx2,bmi,bmi2,popcnt")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,bmi,bmi2,popcnt")))
 #define FN(name) name##_avx512
 #include "rangemap_impl.h"
 #endif
@@ -164,7 +187,8 @@ static const operations *choose(void)
     bool scalar = limit && !strcmp(limit, "scalar"), avx2 = limit && !strcmp(limit, "avx2");
     __builtin_cpu_init();
     if (!scalar && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")) {
-        if (!avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
+        if (!avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512vl"))
             return &operations_avx512;
         return &operations_avx2;
     }
@@ -190,9 +214,13 @@ static int pool_reserve(rangemap *map, size_t n)
                 nodes = (n + 4095) / 4096 * 4096;
             if (next == sizeof(map->chunk) / sizeof(map->chunk[0]))
                 return -ENOMEM;
-            node *fresh = aligned_alloc(64, nodes * sizeof(node));
+            /* 2 MiB and multiples of it get huge pages: fewer faults now, fewer TLB misses later. */
+            bool huge = nodes >= 4096;
+            node *fresh = aligned_alloc(huge ? 2 << 20 : 64, nodes * sizeof(node));
             if (!fresh)
                 return -ENOMEM;
+            if (huge)
+                madvise(fresh, nodes * sizeof(node), MADV_HUGEPAGE);
             map->chunk[next].nodes = fresh;
             map->chunk[next].n = nodes;
             map->nchunks++;
@@ -554,26 +582,6 @@ int rangemap_set_value(rangemap *map, uint64_t start, uint64_t value)
     return err;
 }
 
-/* Search without the lock, or with it when writers keep coming between. */
-static inline bool search(rangemap *map, int (*once)(const rangemap *, uint64_t, rangemap_entry *), uint64_t key,
-                          rangemap_entry *out)
-{
-    rangemap_entry ignored;
-    int found;
-
-    if (!out)
-        out = &ignored;
-    for (int i = 0; i < RETRIES; i++) {
-        found = once(map, key, out);
-        if (__builtin_expect(found >= 0, 1))
-            return found;
-    }
-    pthread_mutex_lock(&map->mutex);
-    found = once(map, key, out);
-    pthread_mutex_unlock(&map->mutex);
-    return found;
-}
-
 bool rangemap_find(rangemap *map, uint64_t key, rangemap_entry *out)
 {
     return search(map, map->operations->find, key, out);
@@ -634,11 +642,18 @@ static size_t share(size_t n, size_t left)
     return (n + left - 1) / left;
 }
 
-int rangemap_build(rangemap *map, const rangemap_entry *entries, size_t n)
+/* Row i of n rows of start, last or size, value. */
+static inline rangemap_entry row(const uint64_t *rows, size_t i, bool sizes)
 {
-    bool wrong = n && entries[0].last < entries[0].start;
-    for (size_t i = 1; i < n; i++)
-        wrong |= entries[i].start <= entries[i - 1].last || entries[i].last < entries[i].start;
+    return (rangemap_entry){rows[3 * i], rows[3 * i + 1] + (sizes ? rows[3 * i] - 1 : 0), rows[3 * i + 2]};
+}
+
+static inline int build(rangemap *map, const uint64_t *rows, size_t n, bool sizes)
+{
+    bool wrong = false;
+    for (size_t i = 0; i < n; i++)
+        wrong |= (i && row(rows, i, sizes).start <= row(rows, i - 1, sizes).last) | (sizes && !rows[3 * i + 1]) |
+                 (row(rows, i, sizes).last < row(rows, i, sizes).start);
     if (wrong)
         return -EINVAL;
 
@@ -652,57 +667,53 @@ int rangemap_build(rangemap *map, const rangemap_entry *entries, size_t n)
         return err;
     }
 
-    /* One level after another; the nodes of the level below are found again through `below`, `low` and the leaves' links. */
+    /* The empty root becomes the first leaf; each other one is appended at the right edge of the tree. */
     structure_begin(map);
-    pool_give(map, map->root);
-    leaf *head = NULL, *before = NULL;
+    leaf *at = &map->root->leaf;
+    path edge;
     for (size_t i = 0, left = leaves, size; left; left--, i += size) {
-        leaf *at = leaf_new(map);
+        if (i) {
+            leaf *next = leaf_new(map);
+            PUT(at->next, next);
+            at = next;
+        }
         size = share(n - i, left);
         for (size_t j = 0; j < size; j++) {
-            PUT(at->start[j], entries[i + j].start);
-            PUT(at->tail[j].last, entries[i + j].last);
-            PUT(at->tail[j].value, entries[i + j].value);
+            rangemap_entry entry = row(rows, i + j, sizes);
+            PUT(at->start[j], entry.start);
+            PUT(at->tail[j].last, entry.last);
+            PUT(at->tail[j].value, entry.value);
         }
         PUT(at->count, size);
-        if (before)
-            PUT(before->next, at);
-        else
-            head = at;
-        before = at;
-    }
-    PUT(map->root, (node *)head);
-    PUT(map->height, 0);
-    PUT(map->count, n);
-    /* Append the leaves one by one to the right edge of the tree: the path to it is all that is needed. */
-    path edge;
-    for (leaf *at = head->next; at; at = at->next) {
-        for (unsigned level = 1; level <= map->height; level++)
-            edge.slot[level] = edge.node[level]->count - 1;
-        child_insert(map, &edge, 1, at->start[0], (node *)at);
+        if (!i)
+            continue;
         node *down = map->root;
         for (unsigned level = map->height; level; level--) {
             edge.node[level] = &down->inner;
-            down = down->inner.child[down->inner.count - 1];
+            edge.slot[level] = down->inner.count - 1;
+            down = down->inner.child[edge.slot[level]];
         }
+        child_insert(map, &edge, 1, at->start[0], (node *)at);
     }
+    PUT(map->count, n);
     structure_end(map);
     pthread_mutex_unlock(&map->mutex);
     return 0;
 }
 
+int rangemap_build(rangemap *map, const rangemap_entry *entries, size_t n)
+{
+    return build(map, (const uint64_t *)entries, n, false);
+}
+
+int rangemap_build_sizes(rangemap *map, const uint64_t *rows, size_t n)
+{
+    return build(map, rows, n, true);
+}
+
 size_t rangemap_find_many(rangemap *map, const uint64_t *keys, uint64_t *out, size_t n, uint64_t miss)
 {
-    size_t hits = 0;
-    rangemap_entry entry;
-
-    for (size_t i = 0; i < n; i++) {
-        uint64_t key = keys[i];
-        bool hit = rangemap_find(map, key, &entry);
-        out[i] = hit ? entry.value + key - entry.start : miss;
-        hits += hit;
-    }
-    return hits;
+    return map->operations->find_many(map, keys, out, n, miss);
 }
 
 size_t rangemap_memory(rangemap *map)

@@ -50,6 +50,9 @@ size_t rangemap_copy(rangemap *map, uint64_t key, rangemap_entry *out, size_t n)
 /* Fill an empty map from ascending, disjoint entries in linear time.  -EINVAL if they are not, -EEXIST if the map has entries. */
 int rangemap_build(rangemap *map, const rangemap_entry *entries, size_t n);
 
+/* The same from n rows of start, size, value.  -EINVAL too if a size is 0 or a range goes beyond 2^64-1. */
+int rangemap_build_sizes(rangemap *map, const uint64_t *rows, size_t n);
+
 /* out[i] = value + keys[i] - start of the entry that contains keys[i], or `miss`.  Returns the number of hits.  out may be keys. */
 size_t rangemap_find_many(rangemap *map, const uint64_t *keys, uint64_t *out, size_t n, uint64_t miss);
 

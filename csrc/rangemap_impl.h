@@ -62,21 +62,22 @@ static inline TARGET unsigned FN(rank_inner)(const inner *node, uint64_t key)
 }
 
 #else
+/* One bit for each of eight keys that is <= key. */
+#define LE8(keys) _mm512_cmple_epu64_mask(_mm512_load_si512(keys), k)
+
 static inline TARGET unsigned FN(rank_leaf)(const leaf *node, uint64_t key)
 {
     __m512i k = _mm512_set1_epi64(key);
-    unsigned bits = _mm256_cmple_epu64_mask(_mm256_load_si256((const __m256i *)node->start), _mm512_castsi512_si256(k));
-    bits |= (unsigned)_mm512_cmple_epu64_mask(_mm512_load_si512(node->start + 4), k) << 4;
-    bits |= (unsigned)_mm512_cmple_epu64_mask(_mm512_load_si512(node->start + 12), k) << 12;
+    unsigned bits = _mm512_kunpackw(_mm512_kunpackb(0, LE8(node->start + 12)), _mm512_kunpackb(LE8(node->start + 4), 0));
+    bits = bits >> 4 | _mm256_cmple_epu64_mask(_mm256_load_si256((const __m256i *)node->start), _mm512_castsi512_si256(k));
     return _mm_popcnt_u32(_bzhi_u32(bits, node->count));
 }
 
 static inline TARGET unsigned FN(rank_inner)(const inner *node, uint64_t key)
 {
     __m512i k = _mm512_set1_epi64(key);
-    unsigned bits = 0;
-    for (unsigned i = 0; i < FANOUT; i += 8)
-        bits |= (unsigned)_mm512_cmple_epu64_mask(_mm512_load_si512(node->key + i), k) << i;
+    unsigned bits = _mm512_kunpackw(_mm512_kunpackb(LE8(node->key + 24), LE8(node->key + 16)),
+                                    _mm512_kunpackb(LE8(node->key + 8), LE8(node->key)));
     return _mm_popcnt_u32(_bzhi_u32(bits & INT32_MAX, node->count - 1));    /* the last lane is not a key */
 }
 #endif
@@ -92,6 +93,8 @@ static TARGET leaf *FN(locate)(const rangemap *map, uint64_t key, path *way, uns
         way->slot[level] = slot;
         at = at->inner.child[slot];
     }
+    for (unsigned line = 3; line < 8; line++)       /* rank reads the first three lines; the change will touch the others */
+        __builtin_prefetch((const char *)at + 64 * line, 1);
     *rank = FN(rank_leaf)(&at->leaf, key);
     return &at->leaf;
 }
@@ -159,4 +162,138 @@ static TARGET int FN(lower)(const rangemap *map, uint64_t key, rangemap_entry *o
     return leaf_changed(next, next_version) || leaf_changed(at, version) || structure_changed(map, seq) ? -1 : 1;
 }
 
-static const operations FN(operations) = {FN(locate), FN(find), FN(lower), NULL};
+/*
+ * Look up GROUP keys side by side, so that their cache misses overlap; one validation for all of them.
+ * Returns one bit for each hit, or -1 if a writer came between.
+ */
+static inline TARGET int FN(find_group)(const rangemap *map, const uint64_t *keys, uint64_t *out, uint64_t miss)
+{
+    uint64_t seq = __atomic_load_n(&map->structure, __ATOMIC_ACQUIRE);
+    const node *at[GROUP], *root = GET(map->root);
+    unsigned level = GET(map->height), rank[GROUP];
+    uint32_t version[GROUP];
+    bool changed = false;
+    int hits = 0;
+
+    if (seq & 1 || structure_changed(map, seq))
+        return -1;
+    for (unsigned i = 0; i < GROUP; i++)
+        at[i] = root;
+    for (; level; level--) {
+        for (unsigned i = 0; i < GROUP; i++) {
+            at[i] = GET(at[i]->inner.child[FN(rank_inner)(&at[i]->inner, keys[i])]);
+            for (unsigned line = 0; line < 3 + (level > 1); line++)      /* the keys: 4 lines of an inner node, 3 of a leaf */
+                __builtin_prefetch((const char *)at[i] + 64 * line);
+        }
+        if (structure_changed(map, seq))
+            return -1;
+    }
+    for (unsigned i = 0; i < GROUP; i++) {
+        version[i] = __atomic_load_n(&at[i]->leaf.version, __ATOMIC_ACQUIRE);
+        rank[i] = FN(rank_leaf)(&at[i]->leaf, keys[i]);
+        __builtin_prefetch(&at[i]->leaf.tail[rank[i] ? rank[i] - 1 : 0]);
+    }
+    for (unsigned i = 0; i < GROUP; i++) {
+        rangemap_entry entry = leaf_get(&at[i]->leaf, rank[i] ? rank[i] - 1 : 0);
+        bool hit = rank[i] && keys[i] <= entry.last;
+        out[i] = hit ? entry.value + (keys[i] - entry.start) : miss;
+        hits |= (int)hit << i;
+    }
+    READ_FENCE();
+    for (unsigned i = 0; i < GROUP; i++)
+        changed |= version[i] & 1 || GET(at[i]->leaf.version) != version[i];
+    if (changed || GET(map->structure) != seq)
+        return -1;
+    return hits;
+}
+
+/* Copy the leaf where key belongs, as it is at one moment: 0, or -1 if a writer came between. */
+static TARGET int FN(copy_leaf)(const rangemap *map, uint64_t key, leaf *copy)
+{
+    uint64_t seq = __atomic_load_n(&map->structure, __ATOMIC_ACQUIRE);
+    const leaf *at = FN(descend)(map, key, seq);
+
+    if (!at)
+        return -1;
+    uint32_t version = __atomic_load_n(&at->version, __ATOMIC_ACQUIRE);
+    unsigned n = GET(at->count);
+    if (n > LEAF)
+        return -1;
+    move_words(copy->start, at->start, n * sizeof(copy->start[0]));
+    move_words(copy->tail, at->tail, n * sizeof(copy->tail[0]));
+    copy->count = n;
+    return leaf_changed(at, version) || structure_changed(map, seq) ? -1 : 0;
+}
+
+/*
+ * Keys that lie close together: nearly all of them, hits or misses, are answered from a copy of one leaf after another.
+ * An entry of the copy may be gone by now, but was there during this call.
+ */
+static TARGET size_t FN(find_run)(rangemap *map, const uint64_t *keys, uint64_t *out, size_t n, uint64_t miss, leaf *copy,
+                                  unsigned *slot)
+{
+    size_t hits = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        uint64_t key = keys[i];
+        unsigned at = *slot;
+        if (key < copy->start[at] || key > copy->tail[at].last) {
+            if (!copy->count || key < copy->start[0] || key > copy->tail[copy->count - 1].last) {
+                int err = -1;
+                for (int attempt = 0; err && attempt < RETRIES; attempt++)
+                    err = FN(copy_leaf)(map, key, copy);
+                if (err) {
+                    pthread_mutex_lock(&map->mutex);
+                    FN(copy_leaf)(map, key, copy);
+                    pthread_mutex_unlock(&map->mutex);
+                }
+            }
+            unsigned rank = FN(rank_leaf)(copy, key);
+            at = *slot = rank ? rank - 1 : 0;
+            if (!rank || key > copy->tail[at].last) {
+                out[i] = miss;
+                continue;
+            }
+        }
+        out[i] = copy->tail[at].value + (key - copy->start[at]);
+        hits++;
+    }
+    return hits;
+}
+
+/* Do these keys ascend within DENSE bytes?  A look at three of them is enough for a guess. */
+static inline TARGET bool FN(is_run)(const uint64_t *keys, size_t n)
+{
+    return keys[0] <= keys[n / 2] && keys[n / 2] <= keys[n - 1] && keys[n - 1] - keys[0] < DENSE;
+}
+
+static TARGET size_t FN(find_many)(rangemap *map, const uint64_t *keys, uint64_t *out, size_t n, uint64_t miss)
+{
+    _Alignas(64) leaf copy = {.start = {1}};        /* [1, 0] contains nothing */
+    uint64_t group[GROUP], found[GROUP];
+    unsigned slot = 0;
+    size_t hits = 0;
+
+    for (size_t i = 0; i < n; i += GROUP) {
+        size_t count = n - i < GROUP ? n - i : GROUP;
+        if (FN(is_run)(keys + i, count) || count < GROUP / 4) {
+            hits += FN(find_run)(map, keys + i, out + i, count, miss, &copy, &slot);
+            continue;
+        }
+        for (size_t j = 0; j < GROUP; j++)          /* `out` may be `keys`; a short group is filled up */
+            group[j] = keys[i + (j < count ? j : 0)];
+        int got = -1;
+        for (int attempt = 0; got < 0 && attempt < RETRIES; attempt++)
+            got = FN(find_group)(map, group, found, miss);
+        if (got < 0) {
+            pthread_mutex_lock(&map->mutex);
+            got = FN(find_group)(map, group, found, miss);
+            pthread_mutex_unlock(&map->mutex);
+        }
+        memcpy(out + i, found, count * sizeof(out[0]));
+        hits += __builtin_popcount(got & ((1 << count) - 1));
+    }
+    return hits;
+}
+
+static const operations FN(operations) = {FN(locate), FN(find), FN(lower), FN(find_many)};

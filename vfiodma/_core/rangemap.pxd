@@ -19,6 +19,7 @@ cdef extern from "rangemap.h" nogil:
     void rangemap_clear(rangemap *)
     size_t rangemap_copy(rangemap *, uint64_t key, rangemap_entry *out, size_t n)
     int rangemap_build(rangemap *, const rangemap_entry *entries, size_t n)
+    int rangemap_build_sizes(rangemap *, const uint64_t *rows, size_t n)
     size_t rangemap_find_many(rangemap *, const uint64_t *keys, uint64_t *out, size_t n, uint64_t miss)
     size_t rangemap_memory(rangemap *)
     const char *rangemap_level(rangemap *)

@@ -292,7 +292,7 @@ cdef class RangeMap:
             if source.ndim != 2 or source.shape[1] != 3:
                 raise ValueError("build: an array of shape (n, 3) is required: start, size, value")
             with nogil:
-                err = build(self.map, <const uint64_t *>source.buf, source.shape[0])
+                err = rangemap_build_sizes(self.map, <const uint64_t *>source.buf, source.shape[0])
         finally:
             PyBuffer_Release(&source)
         if err == -ENOMEM:
@@ -334,24 +334,6 @@ cdef class RangeMap:
     def check(self):
         """Return 0, or the number of an invariant of the tree that does not hold.  For tests."""
         return rangemap_check(self.map)
-
-
-cdef int build(rangemap *map, const uint64_t *rows, size_t n) noexcept nogil:
-    cdef rangemap_entry *entries = <rangemap_entry *>malloc(n * sizeof(rangemap_entry) + 1)
-    cdef size_t i
-    cdef bint wrong = False
-    cdef int err = -EINVAL
-    if entries == NULL:
-        return -ENOMEM
-    for i in range(n):
-        entries[i].start = rows[3 * i]
-        entries[i].last = rows[3 * i] + (rows[3 * i + 1] - 1)
-        entries[i].value = rows[3 * i + 2]
-        wrong |= rows[3 * i + 1] == 0       # a range beyond 2**64 - 1 has a last below its start
-    if not wrong:
-        err = rangemap_build(map, entries, n)
-    free(entries)
-    return err
 
 
 cdef size_t copy_sizes(rangemap *map, rangemap_entry *rows, size_t n) noexcept nogil:
