@@ -52,7 +52,8 @@ def in_child(check):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("path", ["/dev/vfio/7", "/dev/vfio/", "/dev/vfio/00", "/dev/vfio/x", "/dev/null", "", "/dev/vfio/\u0661"])
+@pytest.mark.parametrize("path", ["/dev/vfio/7", "/dev/vfio/", "/dev/vfio/00", "/dev/vfio/x", "/dev/null", "",
+                                  "/dev/vfio/\u0661"])
 def test_only_the_container_and_its_groups_can_be_opened(path):
     assert failure(SoftwareVfio().open, path) == errno.ENOENT
 
@@ -91,7 +92,8 @@ def test_a_real_descriptor_that_is_not_a_container_is_ebadfd():
 def test_a_bad_argument_address_is_efault_everywhere(address):
     vfio = SoftwareVfio()
     container, group = opened(vfio)
-    for request in (abi.VFIO_IOMMU_GET_INFO, abi.VFIO_IOMMU_MAP_DMA, abi.VFIO_IOMMU_UNMAP_DMA, abi.VFIO_IOMMU_DIRTY_PAGES):
+    for request in (abi.VFIO_IOMMU_GET_INFO, abi.VFIO_IOMMU_MAP_DMA, abi.VFIO_IOMMU_UNMAP_DMA,
+                    abi.VFIO_IOMMU_DIRTY_PAGES):
         assert failure(vfio.ioctl, container, request, address) == errno.EFAULT
     for request in (abi.VFIO_GROUP_GET_STATUS, abi.VFIO_GROUP_SET_CONTAINER, abi.VFIO_GROUP_GET_DEVICE_FD):
         assert failure(vfio.ioctl, group, request, address) == errno.EFAULT
@@ -164,8 +166,9 @@ def test_what_was_opened_before_a_fork_fails_clearly_in_the_child(memory):
         backend.map_dma(IOVA, memory, PAGE, 3)
 
         def child():
-            for call in (lambda: vfio.ioctl(container, abi.VFIO_IOMMU_GET_INFO, 0), lambda: vfio.open("/dev/vfio/vfio"),
-                         lambda: vfio.close(group), lambda: backend.map_dma(0, memory, PAGE, 3), lambda: backend.unmap_all()):
+            for call in (lambda: vfio.ioctl(container, abi.VFIO_IOMMU_GET_INFO, 0),
+                         lambda: vfio.open("/dev/vfio/vfio"), lambda: vfio.close(group),
+                         lambda: backend.map_dma(0, memory, PAGE, 3), lambda: backend.unmap_all()):
                 with pytest.raises(ForkedError, match="opened before a fork"):
                     call()
             backend.close()
@@ -256,8 +259,9 @@ def test_update_vaddr_many_is_all_or_nothing(memory):
         assert backend.type1.mappings()[:, 4].all()
 
 
-BAD = [(IOVA + 1, 0, PAGE, 3), (IOVA, 1, PAGE, 3), (IOVA, 0, PAGE - 1, 3), (IOVA, 0, 0, 3), (-1, 0, PAGE, 3), (1 << 64, 0, PAGE, 3),
-       (IOVA, 0, 1 << 64, 3), (2**64 - PAGE, 0, 2 * PAGE, 3), (IOVA, 0, PAGE, 0), (IOVA, 0, PAGE, 4), (0xFEE00000, 0, PAGE, 3)]
+BAD = [(IOVA + 1, 0, PAGE, 3), (IOVA, 1, PAGE, 3), (IOVA, 0, PAGE - 1, 3), (IOVA, 0, 0, 3), (-1, 0, PAGE, 3),
+       (1 << 64, 0, PAGE, 3), (IOVA, 0, 1 << 64, 3), (2**64 - PAGE, 0, 2 * PAGE, 3), (IOVA, 0, PAGE, 0),
+       (IOVA, 0, PAGE, 4), (0xFEE00000, 0, PAGE, 3)]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -308,15 +312,16 @@ def test_a_container_ends_with_its_last_group(memory):
         assert again.capabilities().dma_avail == 65535
 
 
-@pytest.mark.parametrize("options", [{"kernel": "4.4"}, {"kernel": 7.2}, {"dma_entry_limit": -1}, {"dma_entry_limit": 2**32},
-                                     {"memlock_limit": "x"}, {"memlock_limit": -5},
+@pytest.mark.parametrize("options", [{"kernel": "4.4"}, {"kernel": 7.2}, {"dma_entry_limit": -1},
+                                     {"dma_entry_limit": 2**32}, {"memlock_limit": "x"}, {"memlock_limit": -5},
                                      {"groups": [SoftwareGroup(1, []), SoftwareGroup(1, [])]}])
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError):
         SoftwareVfio(**options)
 
 
-@pytest.mark.parametrize("options", [{"aperture": (5, 4)}, {"aperture": (0, 2**64)}, {"reserved": [(-1, 5)]}, {"pgsizes": 0}])
+@pytest.mark.parametrize("options", [{"aperture": (5, 4)}, {"aperture": (0, 2**64)}, {"reserved": [(-1, 5)]},
+                                     {"pgsizes": 0}])
 def test_bad_groups_are_refused(options):
     with pytest.raises(ValueError):
         SoftwareGroup(0, [], **options)

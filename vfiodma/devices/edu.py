@@ -24,10 +24,10 @@ class EduDevice:
 
     Notes
     -----
-    BAR 0, little-endian: 0x00 identification, 0x04 answers the inverse of what was written, 0x08 factorial, 0x20 status,
-    0x24/0x60/0x64 interrupt status, raise, acknowledge; 0x80 DMA source, 0x88 target, 0x90 count, 0x98 command (bit 0 run,
-    bit 1 from the device's 4 KiB buffer at 0x40000 to memory, bit 2 interrupt at the end).  DMA needs bus mastering, is done
-    when the command's write returns, and moves nothing past a fault.  Source: QEMU's docs/specs/edu.
+    BAR 0, little-endian: 0x00 identification, 0x04 answers the inverse of what was written, 0x08 factorial, 0x20
+    status, 0x24/0x60/0x64 interrupt status, raise, acknowledge; 0x80 DMA source, 0x88 target, 0x90 count, 0x98 command
+    (bit 0 run, bit 1 from the device's 4 KiB buffer at 0x40000 to memory, bit 2 interrupt at the end).  DMA needs bus
+    mastering, is done when the command's write returns, and moves nothing past a fault.  Source: QEMU's docs/specs/edu.
     """
 
     def __init__(self, address, dma_mask=(1 << 28) - 1):

@@ -2,11 +2,11 @@
 import errno
 from typing import Any
 
-from .._core.errno import error
-from .._core.memory import read_memory, write_memory
-from ..protocols import SoftwareDevice
-from ..uapi import vfio as abi
-from ..uapi.layout import Layout
+from ..._core.errno import error
+from ..._core.memory import read_memory, write_memory
+from ...protocols import SoftwareDevice
+from ...uapi import vfio as abi
+from ...uapi.layout import Layout
 
 _REGIONS, _IRQS = abi.VFIO_PCI_NUM_REGIONS, abi.VFIO_PCI_NUM_IRQS
 _ROM, _CONFIG, _VGA = abi.VFIO_PCI_ROM_REGION_INDEX, abi.VFIO_PCI_CONFIG_REGION_INDEX, abi.VFIO_PCI_VGA_REGION_INDEX
@@ -55,8 +55,8 @@ def _read(layout: Layout, size: int, arg: int, operation: str) -> dict[str, Any]
 
 def _get_info(arg):
     values = _read(abi.vfio_device_info, 16, arg, "device_get_info")
-    values |= {"flags": abi.VFIO_DEVICE_FLAGS_RESET | abi.VFIO_DEVICE_FLAGS_PCI, "num_regions": _REGIONS, "num_irqs": _IRQS,
-               "cap_offset": 0, "pad": 0}
+    values |= {"flags": abi.VFIO_DEVICE_FLAGS_RESET | abi.VFIO_DEVICE_FLAGS_PCI, "num_regions": _REGIONS,
+               "num_irqs": _IRQS, "cap_offset": 0, "pad": 0}
     write_memory(arg, abi.vfio_device_info.pack(**values)[:min(values["argsz"], abi.vfio_device_info.size)])
 
 

@@ -1,0 +1,203 @@
+"""What stands behind the descriptors of the software VFIO: containers, groups, devices."""
+import errno
+import os
+
+from ..._core.dma import DmaPort
+from ..._core.errno import error
+from ..._core.memory import read_memory, write_memory
+from ..._core.type1 import VERSIONS, IommuGroup, Type1, extension
+from ...errors import VfioError
+from ...uapi import vfio as abi
+from .device import device_ioctl
+
+_PAGE = 4096
+
+
+class ContainerFile:
+    """An open container: its groups and, once SET_IOMMU was done, its Type1 instance."""
+
+    def __init__(self, vfio):
+        self.vfio = vfio
+        self.groups = []
+        self.type1 = None
+        self.fd_open = True
+
+    def ioctl(self, request, arg):
+        if request == abi.VFIO_GET_API_VERSION:
+            return 0
+        type1 = self.type1
+        if request == abi.VFIO_SET_IOMMU:
+            return self.set_iommu(arg)
+        if type1 is not None:
+            return type1.ioctl(request, arg)
+        if request == abi.VFIO_CHECK_EXTENSION:
+            return extension(self.vfio.kernel, arg)
+        raise error(errno.EINVAL, "container_ioctl", hint="no IOMMU driver is set: attach a group, then SET_IOMMU")
+
+    @staticmethod
+    def refused_extensions(version):
+        """What the driver claims as an extension before SET_IOMMU, and then refuses to be opened as."""
+        if version < VERSIONS["5.12"]:
+            return ()
+        return (abi.VFIO_UNMAP_ALL, abi.VFIO_UPDATE_VADDR) if version < VERSIONS["6.1"] else (abi.VFIO_UNMAP_ALL,)
+
+    def set_iommu(self, kind):
+        version = VERSIONS[self.vfio.kernel]
+        with self.vfio._lock:
+            if not self.groups or self.type1 is not None:
+                raise error(errno.EINVAL, "set_iommu", hint="needs a group in the container, and can be done once")
+            if kind == abi.VFIO_TYPE1_NESTING_IOMMU and version <= VERSIONS["6.12"]:
+                if any(not group.iommu.emulated and not group.iommu.nestable for group in self.groups):
+                    raise error(errno.EINVAL, "set_iommu", hint="this IOMMU can't nest")
+            elif kind in self.refused_extensions(version):
+                raise error(errno.EINVAL, "set_iommu", hint="an extension, not an IOMMU type")
+            elif kind not in (abi.VFIO_TYPE1_IOMMU, abi.VFIO_TYPE1v2_IOMMU):
+                raise error(errno.ENODEV, "set_iommu", hint="types are 1 (Type1) and 3 (Type1v2)")
+            v2 = kind != abi.VFIO_TYPE1_IOMMU
+            type1 = Type1(self.vfio.kernel, v2, self.vfio.dma_entry_limit, self.vfio._memlock_limit)
+            try:
+                for group in reversed(self.groups):         # the kernel keeps the newest first
+                    type1.attach(group.iommu)
+            except VfioError:
+                type1.close()
+                for group in self.groups:
+                    group.renew_iommu()
+                raise
+            self.type1 = type1
+        return 0
+
+    def add(self, group):
+        if self.type1 is not None:
+            self.type1.attach(group.iommu)
+        self.groups.append(group)
+        group.container = self
+
+    def remove(self, group):
+        self.groups.remove(group)
+        group.container = None
+        if self.type1 is not None:
+            self.type1.detach(group.iommu)
+            if not self.groups:
+                self.type1.close()
+                self.type1 = None
+
+
+class Group:
+    """A group while it exists; it stays in its container as long as it or one of its devices is open."""
+
+    def __init__(self, vfio, config):
+        self.vfio = vfio
+        self.config = config
+        self.container = None
+        self.fd_open = False
+        self.open_devices = {}          # address -> number of descriptors
+        self.ports = {}
+        self.renew_iommu()
+
+    def renew_iommu(self):
+        config = self.config
+        if config.emulated:
+            self.iommu = IommuGroup(config.number, (0, 0), (), 0, True, True, True, True)
+        else:
+            self.iommu = IommuGroup(config.number, config.aperture, config.reserved, config.pgsizes, False,
+                                    config.coherent, config.msi_isolated, config.nestable)
+
+    @property
+    def in_use(self):
+        return self.fd_open or bool(self.open_devices)
+
+    def ioctl(self, request, arg):
+        with self.vfio._lock:
+            if request == abi.VFIO_GROUP_GET_STATUS:
+                return self.get_status(arg)
+            if request == abi.VFIO_GROUP_SET_CONTAINER:
+                return self.set_container(int.from_bytes(read_memory(arg, 4), "little", signed=True))
+            if request == abi.VFIO_GROUP_UNSET_CONTAINER:
+                return self.unset_container()
+            if request == abi.VFIO_GROUP_GET_DEVICE_FD:
+                return self.get_device_fd(self._read_name(arg))
+        raise error(errno.ENOTTY, "group_ioctl", hint=f"request {request:#x}")
+
+    def get_status(self, arg):
+        layout = abi.vfio_group_status
+        argsz = layout.unpack(read_memory(arg, layout.size))["argsz"]
+        if argsz < layout.size:
+            raise error(errno.EINVAL, "group_get_status", hint=f"argsz must be at least {layout.size}")
+        flags = abi.VFIO_GROUP_FLAGS_VIABLE | (abi.VFIO_GROUP_FLAGS_CONTAINER_SET if self.container else 0)
+        write_memory(arg, layout.pack(argsz=argsz, flags=flags))
+        return 0
+
+    def set_container(self, fd):
+        container = self.vfio._files.get(fd)
+        if container is None:
+            try:
+                os.fstat(fd)
+            except OSError:
+                raise error(errno.EBADF, "group_set_container", hint=f"descriptor {fd} is not open") from None
+        if self.container is not None:
+            raise error(errno.EINVAL, "group_set_container", hint="the group has a container")
+        if not isinstance(container, ContainerFile):
+            code = errno.EINVAL if VERSIONS[self.vfio.kernel] <= VERSIONS["6.1"] else errno.EBADFD
+            raise error(code, "group_set_container", hint=f"descriptor {fd} is not a container")
+        container.add(self)
+        return 0
+
+    def unset_container(self):
+        if self.container is None:
+            raise error(errno.EINVAL, "group_unset_container", hint="the group has no container")
+        if self.open_devices:
+            raise error(errno.EBUSY, "group_unset_container", hint="close the group's devices first")
+        self.container.remove(self)
+        return 0
+
+    def _read_name(self, arg):
+        """Copy a C string of at most a page, NUL included, as strndup_user() does."""
+        name = b""
+        while b"\0" not in name:
+            if len(name) >= _PAGE:
+                raise error(errno.EINVAL, "group_get_device_fd", hint="the name is longer than a page")
+            at = arg + len(name)
+            name += read_memory(at, min(_PAGE - at % _PAGE, _PAGE - len(name)))
+        return name.split(b"\0")[0].decode(errors="replace")
+
+    def get_device_fd(self, address):
+        device = next((device for device in self.config.devices if device.address == address), None)
+        if device is None:
+            raise error(errno.ENODEV, "group_get_device_fd", hint=f"no device {address} in group {self.config.number}")
+        if self.container is None or self.container.type1 is None:
+            raise error(errno.EINVAL, "group_get_device_fd", hint="the group needs a container with an IOMMU set")
+        if address not in self.ports:
+            port = DmaPort(self.container.type1, self.iommu, address)
+            if self.iommu.emulated and hasattr(device, "dma_unmap"):
+                self.container.type1.add_unmap_listener(device.dma_unmap)
+            device.connect(port)
+            self.ports[address] = port
+        fd = self.vfio._new_fd(DeviceFile(self, device))
+        self.open_devices[address] = self.open_devices.get(address, 0) + 1
+        return fd
+
+    def close_device(self, device):
+        self.open_devices[device.address] -= 1
+        if self.open_devices[device.address]:
+            return
+        del self.open_devices[device.address]
+        device.disconnect()
+        self.ports.pop(device.address).disconnect()
+        if self.iommu.emulated and hasattr(device, "dma_unmap"):
+            self.container.type1.remove_unmap_listener(device.dma_unmap)
+        self.leave_if_unused()
+
+    def leave_if_unused(self):
+        if not self.in_use and self.container is not None:
+            self.container.remove(self)
+
+
+class DeviceFile:
+    """One descriptor of a device."""
+
+    def __init__(self, group, device):
+        self.group = group
+        self.device = device
+
+    def ioctl(self, request, arg):
+        return device_ioctl(self.device, request, arg)

@@ -1,0 +1,53 @@
+"""What an IOMMU group of the software VFIO is made of."""
+from .device import PlainDevice
+
+
+class SoftwareGroup:
+    """An IOMMU group of the software backend.
+
+    Parameters
+    ----------
+    number : int
+        The N of /dev/vfio/N.
+    devices : sequence
+        PCI addresses ("0000:00:10.0": a plain device) or objects of the SoftwareDevice protocol.
+    aperture : (int, int)
+        First and last IOVA that the IOMMU translates.
+    reserved : sequence of (int, int)
+        First and last IOVA of regions that can't be mapped; by default the MSI window of x86.
+    pgsizes : int
+        Bitmap of IOMMU page sizes.
+    emulated : bool
+        A group of mediated devices: no IOMMU, hence no aperture.
+    coherent : bool
+        The IOMMU enforces cache coherency (extension DMA_CC).
+    msi_isolated : bool
+        Without it, attaching is EPERM.
+    nestable : bool
+        The IOMMU can nest (SET_IOMMU 6, up to Linux 6.12).
+    """
+
+    def __init__(self, number, devices, *, aperture=(0, (1 << 39) - 1), reserved=((0xFEE00000, 0xFEEFFFFF),),
+                 pgsizes=0x40201000, emulated=False, coherent=True, msi_isolated=True, nestable=False):
+        if not isinstance(number, int) or number < 0:
+            raise ValueError("a group's number is a non-negative integer")
+        if not emulated:
+            if not 0 <= aperture[0] <= aperture[1] < 1 << 64:
+                raise ValueError("aperture is (first, last) with 0 <= first <= last < 2**64")
+            if any(not 0 <= first <= last < 1 << 64 for first, last in reserved):
+                raise ValueError("a reserved region is (first, last) with 0 <= first <= last < 2**64")
+            if not 0 < pgsizes < 1 << 64:
+                raise ValueError("pgsizes is a bitmap of page sizes")
+        self.number = number
+        self.devices = [PlainDevice(device) if isinstance(device, str) else device for device in devices]
+        self.aperture = tuple(aperture)
+        self.reserved = tuple(tuple(region) for region in reserved)
+        self.pgsizes = pgsizes
+        self.emulated = emulated
+        self.coherent = coherent
+        self.msi_isolated = msi_isolated
+        self.nestable = nestable
+
+    def __repr__(self):
+        kind = "emulated" if self.emulated else f"aperture {self.aperture[0]:#x}-{self.aperture[1]:#x}"
+        return f"SoftwareGroup({self.number}, {[device.address for device in self.devices]}, {kind})"

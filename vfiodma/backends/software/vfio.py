@@ -1,0 +1,169 @@
+"""The raw door: VFIO in this process, as a C program sees it."""
+import errno
+import os
+import threading
+
+from ..._core.errno import error
+from ..._core.type1 import VERSIONS, generation, locked_pages
+from ...errors import ForkedError, VfioError
+from ...uapi import vfio as abi
+from .container import SoftwareContainer
+from .device import device_pread, device_pwrite
+from .files import ContainerFile, DeviceFile, Group
+from .group import SoftwareGroup
+
+_MEMLOCK_PROCESS, _MEMLOCK_UNLIMITED = -1, -2
+
+
+class SoftwareVfio:
+    """VFIO in this process, as a C program sees it.
+
+    Parameters
+    ----------
+    kernel : {"5.4", "5.12", "6.1", "6.12", "7.2"}
+        Whose behaviour to reproduce.
+    groups : sequence of SoftwareGroup, optional
+        What stands in /dev/vfio; by default group 0 with the plain device 0000:00:10.0.
+    dma_entry_limit : int
+        Mappings a container may hold (module parameter of vfio_iommu_type1).  Writable; counts for containers opened
+        later.
+    memlock_limit : "process", None or int
+        Limit of locked memory: the process's RLIMIT_MEMLOCK, as the kernel does; none; or a number of bytes.  Nothing
+        is really locked, so None is safe where the limit itself is not of interest.
+
+    Notes
+    -----
+    Thread-safe.  Descriptors are real numbers, closed with ``close`` of this object.  An object with nothing open may be
+    used in a forked child; what was opened before a fork fails there with ForkedError (EBADF).
+    """
+
+    def __init__(self, kernel="7.2", groups=None, *, dma_entry_limit=65535, memlock_limit="process"):
+        if kernel not in VERSIONS:
+            raise ValueError(f"kernel is one of {', '.join(VERSIONS)}, not {kernel!r}")
+        groups = [SoftwareGroup(0, ["0000:00:10.0"])] if groups is None else list(groups)
+        if len({group.number for group in groups}) != len(groups):
+            raise ValueError("two groups have the same number")
+        self.kernel = kernel
+        self.dma_entry_limit = dma_entry_limit
+        self._memlock_limit = {"process": _MEMLOCK_PROCESS, None: _MEMLOCK_UNLIMITED}.get(memlock_limit, memlock_limit)
+        if not isinstance(self._memlock_limit, int) or self._memlock_limit < _MEMLOCK_UNLIMITED:
+            raise ValueError('memlock_limit is "process", None or a number of bytes')
+        self._lock = threading.RLock()
+        self._groups = {group.number: Group(self, group) for group in groups}
+        self._files = {}
+        self._generation = generation()
+
+    @property
+    def dma_entry_limit(self):
+        """Mappings that a container set up from now on may hold."""
+        return self._dma_entry_limit
+
+    @dma_entry_limit.setter
+    def dma_entry_limit(self, value):
+        if not isinstance(value, int) or not 0 <= value < 1 << 32:
+            raise ValueError("dma_entry_limit is a number below 2**32")
+        self._dma_entry_limit = value
+
+    # ---- descriptors
+
+    def _check_process(self, operation):
+        if self._generation != generation():
+            if self._files:
+                raise ForkedError(errno.EBADF, "opened before a fork", operation=operation,
+                                  hint="a forked child makes its own SoftwareVfio, or forks before anything is open")
+            self._lock = threading.RLock()
+            self._generation = generation()
+
+    def _file(self, fd, operation):
+        self._check_process(operation)
+        try:
+            return self._files[fd]
+        except (KeyError, TypeError):
+            raise error(errno.EBADF, operation, hint=f"{fd!r} is not an open descriptor of this object") from None
+
+    def _new_fd(self, file):
+        # A descriptor that does nothing: read and write are EINVAL, mmap ENODEV, lseek ESPIPE, as on a container.
+        fd = os.pidfd_open(os.getpid())
+        self._files[fd] = file
+        return fd
+
+    def open(self, path):
+        """Open /dev/vfio/vfio or /dev/vfio/<group>; return a descriptor.
+
+        Raises
+        ------
+        VfioError
+            ENOENT for any other path, EBUSY for a group that is open (a device descriptor keeps it open).
+        """
+        self._check_process("open")
+        path = os.fspath(path)
+        with self._lock:
+            if path == "/dev/vfio/vfio":
+                return self._new_fd(ContainerFile(self))
+            folder, _, name = path.rpartition("/")
+            group = self._groups.get(int(name)) if folder == "/dev/vfio" and name.isascii() and name.isdigit() else None
+            if group is None or str(group.config.number) != name:
+                raise VfioError(errno.ENOENT, operation="open", hint=f"{path}: there is /dev/vfio/vfio and "
+                                f"/dev/vfio/ with {', '.join(map(str, self._groups)) or 'no group'}")
+            if group.in_use:
+                raise error(errno.EBUSY, "open", hint=f"group {name} is open")
+            fd = self._new_fd(group)
+            group.fd_open = True
+            return fd
+
+    def ioctl(self, fd, request, arg=0):
+        """Do ioctl(2) on one of the descriptors.
+
+        Parameters
+        ----------
+        fd, request : int
+        arg : int
+            What ioctl(2) would get: a value, or an address in this process, read and written with fault checking.
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        VfioError
+            An OSError with the kernel's errno.
+        """
+        return self._file(fd, "ioctl").ioctl(request & 0xFFFFFFFF, arg & 0xFFFFFFFFFFFFFFFF)
+
+    def pread(self, fd, size, offset):
+        """Read a device's registers; the offset comes from DEVICE_GET_REGION_INFO."""
+        file = self._file(fd, "pread")
+        if not isinstance(file, DeviceFile):
+            raise error(errno.EINVAL, "pread", hint="only a device can be read")
+        return device_pread(file.device, size, offset)
+
+    def pwrite(self, fd, data, offset):
+        """Write a device's registers; return the bytes written."""
+        file = self._file(fd, "pwrite")
+        if not isinstance(file, DeviceFile):
+            raise error(errno.EINVAL, "pwrite", hint="only a device can be written")
+        return device_pwrite(file.device, bytes(data), offset)
+
+    def close(self, fd):
+        """Close a descriptor.  A container lives on while groups are in it, a group while one of its devices is open."""
+        with self._lock:
+            file = self._file(fd, "close")
+            del self._files[fd]
+            os.close(fd)
+            if isinstance(file, DeviceFile):
+                file.group.close_device(file.device)
+            else:
+                file.fd_open = False
+                if isinstance(file, Group):
+                    file.leave_if_unused()
+
+    def locked_pages(self):
+        """Pages that count against the process's limit: its VmLck plus what software containers charged to it."""
+        return locked_pages()
+
+    # ---- the typed door
+
+    def container(self, *, iommu_type=abi.VFIO_TYPE1v2_IOMMU, groups=None):
+        """Open a container with groups (None: all of them) and their devices; return a SoftwareContainer."""
+        return SoftwareContainer(self, iommu_type, sorted(self._groups) if groups is None else groups)
