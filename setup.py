@@ -43,9 +43,8 @@ def headers():
 
 def extension(name, kernels):
     return Extension(
-        f"vfiodma._core.{name}", [f"vfiodma/_core/{name}.pyx", *(f"csrc/{kernel}.c" for kernel in kernels
-         if os.path.exists(f"csrc/{kernel}.c"))],
-        include_dirs=["csrc", "csrc/standin"], depends=headers(), extra_compile_args=CFLAGS + GENERATED, extra_link_args=LDFLAGS)
+        f"vfiodma._core.{name}", [f"vfiodma/_core/{name}.pyx", *(f"csrc/{kernel}.c" for kernel in kernels)],
+        include_dirs=["csrc"], depends=headers(), extra_compile_args=CFLAGS + GENERATED, extra_link_args=LDFLAGS)
 
 
 present = {name: kernels for name, kernels in KERNELS.items() if os.path.exists(f"vfiodma/_core/{name}.pyx")}

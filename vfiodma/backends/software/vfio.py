@@ -33,8 +33,8 @@ class SoftwareVfio:
 
     Notes
     -----
-    Thread-safe.  Descriptors are real numbers, closed with ``close`` of this object.  An object with nothing open may be
-    used in a forked child; what was opened before a fork fails there with ForkedError (EBADF).
+    Thread-safe.  Descriptors are real numbers, closed with ``close`` of this object.  An object with nothing open may
+    be used in a forked child; what was opened before a fork fails there with ForkedError (EBADF).
     """
 
     def __init__(self, kernel="7.2", groups=None, *, dma_entry_limit=65535, memlock_limit="process"):
@@ -146,7 +146,7 @@ class SoftwareVfio:
         return device_pwrite(file.device, bytes(data), offset)
 
     def close(self, fd):
-        """Close a descriptor.  A container lives on while groups are in it, a group while one of its devices is open."""
+        """Close a descriptor.  A container lives on while groups are in it, a group while a device of it is open."""
         with self._lock:
             file = self._file(fd, "close")
             del self._files[fd]
