@@ -1,0 +1,96 @@
+/* Gather and scatter against a copy page by page, small and large enough for streamed stores.  Argument: seed. */
+#include "copy.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define CHECK(what) ((what) ? (void)passed++ : (void)(failed++, printf("%s:%d: %s\n", __FILE__, __LINE__, #what)))
+
+static unsigned passed, failed;
+
+static void test_round_trip(uint64_t pgsize, uint64_t npages, size_t skew)
+{
+    size_t n = 0;
+    uint64_t *runs = malloc(npages * 16), total, lowest, end, at = 0;
+    char *memory = malloc(npages * pgsize), *linear = malloc(npages * pgsize + skew + 1), *back = calloc(npages, pgsize);
+    for (uint64_t i = 0; i < npages * pgsize; i++)
+        memory[i] = (char)rand();
+    /* Downwards, so that the order of the runs is seen to be kept. */
+    for (uint64_t page = npages; page;) {
+        uint64_t count = 1 + (uint64_t)rand() % 3;
+        if (count > page)
+            count = page;
+        page -= count;
+        if (rand() % 4) {
+            runs[2 * n] = page;
+            runs[2 * n++ + 1] = count;
+        }
+    }
+    CHECK(copy_check(runs, n, npages, &total, &lowest, &end) == 0);
+    linear[skew + total * pgsize] = 77;
+    CHECK(copy_gather(linear + skew, total, memory, npages, runs, n, pgsize) == total);
+    CHECK(linear[skew + total * pgsize] == 77);
+    CHECK(copy_scatter(linear + skew, total, back, npages, runs, n, pgsize) == total);
+    bool same = true;
+    for (size_t i = 0; i < n; i++) {
+        same = same && !memcmp(linear + skew + at, memory + runs[2 * i] * pgsize, runs[2 * i + 1] * pgsize);
+        same = same && !memcmp(back + runs[2 * i] * pgsize, memory + runs[2 * i] * pgsize, runs[2 * i + 1] * pgsize);
+        at += runs[2 * i + 1] * pgsize;
+    }
+    CHECK(same);
+    if (n) {
+        CHECK(copy_gather(linear + skew, total - 1, memory, npages, runs, n, pgsize) < total);
+        CHECK(copy_gather(linear + skew, total, memory, runs[0] + runs[1] - 1, runs, n, pgsize) < total);
+    }
+    free(runs);
+    free(memory);
+    free(linear);
+    free(back);
+}
+
+static void test_checks(void)
+{
+    uint64_t total, lowest, end;
+    uint64_t good[] = {3, 2, 0, 1}, empty[] = {3, 0}, outside[] = {9, 2}, far[] = {UINT64_MAX, 1}, wraps[] = {1, UINT64_MAX};
+    uint64_t many[] = {0, UINT64_MAX, 0, UINT64_MAX};
+    CHECK(copy_check(good, 2, 5, &total, &lowest, &end) == 0 && total == 3 && lowest == 0 && end == 5);
+    CHECK(copy_check(good, 2, 4, &total, &lowest, &end) == -ERANGE);
+    CHECK(copy_check(empty, 1, 10, &total, &lowest, &end) == -EINVAL);
+    CHECK(copy_check(outside, 1, 10, &total, &lowest, &end) == -ERANGE);
+    CHECK(copy_check(far, 1, 10, &total, &lowest, &end) == -ERANGE);
+    CHECK(copy_check(wraps, 1, 10, &total, &lowest, &end) == -ERANGE);
+    CHECK(copy_check(many, 2, UINT64_MAX, &total, &lowest, &end) == -ERANGE);
+    CHECK(copy_check(NULL, 0, 0, &total, &lowest, &end) == 0 && total == 0);
+}
+
+static void test_zero(void)
+{
+    static char pages[8 * 4096];
+    uint8_t flags[8];
+    CHECK(copy_is_zero(pages, 0) && copy_is_zero(pages, 1) && copy_is_zero(pages, sizeof(pages)));
+    for (size_t at = 0; at < 4096; at += 1 + (size_t)rand() % 40) {
+        pages[at] = (char)(1 << rand() % 8);
+        CHECK(!copy_is_zero(pages, 4096));
+        CHECK(copy_is_zero(pages, at));
+        pages[at] = 0;
+    }
+    pages[4095] = pages[3 * 4096] = pages[7 * 4096 + 17] = 1;
+    CHECK(copy_zero_pages(flags, pages, 8, 4096) == 5);
+    CHECK(!memcmp(flags, "\0\1\1\0\1\1\1\0", 8));
+}
+
+int main(int argc, char **argv)
+{
+    srand(argc > 1 ? (unsigned)strtoul(argv[1], NULL, 0) : 20240229);
+    test_round_trip(4096, 100, 0);
+    test_round_trip(4096, 100, 5);
+    test_round_trip(64, 1000, 16);
+    test_round_trip(4096, 2500, 0);
+    test_round_trip(4096, 2500, 1);
+    test_checks();
+    test_zero();
+    printf("%u passed, %u failed\n", passed, failed);
+    return failed != 0;
+}

@@ -1,0 +1,9 @@
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+def gather(source: int | Buffer, runs: npt.NDArray[np.uint64], out: Buffer, pgsize: int = 4096) -> int: ...
+def scatter(source: Buffer, runs: npt.NDArray[np.uint64], destination: int | Buffer, pgsize: int = 4096) -> int: ...
+def zero_pages(buffer: Buffer, pgsize: int = 4096, out: Any = None) -> npt.NDArray[np.bool_]: ...
