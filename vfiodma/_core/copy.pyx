@@ -1,5 +1,5 @@
 """Copying pages between guest memory and a linear buffer, and finding zero pages.  C does the work: csrc/copy.c."""
-from cpython.buffer cimport Py_buffer, PyBuffer_Release
+from cpython.buffer cimport Py_buffer, PyBuffer_Release, PyObject_CheckBuffer
 from libc.errno cimport EINVAL, ERANGE
 from libc.stdint cimport UINT64_MAX, uint8_t, uint64_t, uintptr_t
 
@@ -45,8 +45,8 @@ def gather(source, runs, out, pgsize=4096):
 
     Notes
     -----
-    The GIL is released.  From 4 MiB on the stores bypass the cache.  Source: the data path of
-    the kernel's migration interface, which is given by pages (``VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT``).
+    The GIL is released.  From 4 MiB on the stores bypass the cache.  Source: the runs are those of a dirty bitmap as
+    ``VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`` and ``VFIO_IOMMU_DIRTY_PAGES`` report it.
     """
     return transfer("gather", source, runs, out, pgsize, True)
 
@@ -89,7 +89,8 @@ def scatter(source, runs, destination, pgsize=4096):
 cdef object transfer(str operation, object memory, object runs, object linear, object pgsize, bint gathering):
     cdef Py_buffer pages, pairs, line
     cdef uint64_t size = as_pgsize(operation, pgsize), base, npages, total, lowest, end, first, last, done
-    cdef bint borrowed = not hasattr(memory, "__index__")
+    # NumPy's integers are buffers as well; as such they have no dimension.
+    cdef bint borrowed = PyObject_CheckBuffer(memory) and getattr(memory, "ndim", 1) != 0
     cdef int err
     if borrowed:
         open_buffer(memory, &pages, operation, not gathering)
