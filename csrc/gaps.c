@@ -597,7 +597,7 @@ gaps *gaps_new(unsigned pgshift)
     tree->align[1] = pgshift < 21 ? UINT64_C(1) << (21 - pgshift) : 1;
     tree->align[2] = pgshift < 30 ? UINT64_C(1) << (30 - pgshift) : 1;
     if (gaps_prepare(tree, 1)) {
-        free(tree);
+        gaps_free(tree);
         return NULL;
     }
     tree->root = node_new(tree);

@@ -265,17 +265,24 @@ def test_threads_never_get_the_same_place():
     allocator._check()
 
 
-@pytest.mark.parametrize("flags", [["-O3"], ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]])
-def test_gaps_in_c(tmp_path, flags):
-    program = tmp_path / "gaps"
+SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@pytest.mark.parametrize("flags", [["-O3"], SANITIZED], ids=["O3", "sanitized"])
+@pytest.mark.parametrize("name, kernels, seeds, steps, extra", [
+    ("gaps", ["gaps"], 4, 6000, []),
+    ("iovaspace", ["gaps", "iovaspace", "rangemap"], 20, 1500, ["-Wl,--wrap=malloc,--wrap=aligned_alloc", "-pthread"])])
+def test_in_c(tmp_path, name, kernels, seeds, steps, extra, flags):
+    program = tmp_path / name
     built = subprocess.run(
         [os.environ.get("CC", "cc"), "-std=c11", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", *flags,
-         f"-I{ROOT}/csrc", f"{ROOT}/tests/c/gaps.c", f"{ROOT}/csrc/gaps.c", "-o", str(program)],
+         f"-I{ROOT}/csrc", f"{ROOT}/tests/c/{name}.c", *(f"{ROOT}/csrc/{kernel}.c" for kernel in kernels), *extra,
+         "-o", str(program)],
         capture_output=True, text=True)
     if built.returncode and "sanitize" in built.stderr:
         pytest.skip("no sanitizers here")
     assert not built.returncode, built.stderr
-    seed = int.from_bytes(os.urandom(4), "little")
-    run = subprocess.run([program, str(seed), "4", "6000"], capture_output=True, text=True, timeout=60)
+    seed = int.from_bytes(os.urandom(3), "little")
+    run = subprocess.run([program, str(seed), str(seeds), str(steps)], capture_output=True, text=True, timeout=60)
     print(run.stdout)
     assert not run.returncode, run.stdout + run.stderr
