@@ -90,6 +90,8 @@ def table_of(operation: str, entries: Any, columns: int) -> Any:
     import numpy
 
     table = numpy.asarray(entries)
+    if not table.ndim:
+        raise TypeError(f"entries are rows of {columns} numbers, not {type(entries).__name__}")
     if not table.size:
         return numpy.empty((0, columns), numpy.uint64)
     if table.ndim != 2 or table.shape[1] != columns:

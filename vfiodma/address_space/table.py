@@ -141,13 +141,13 @@ class MappingTable:
         old, new = entry[2] >> _KEEPER_SHIFT, 0
         if keeper is not None:
             # Mappings made together share their keeper, and come one after the other.
-            if self._newest not in self._keepers or self._keepers[self._newest][0] is not keeper:
-                self._newest += 1
-                self._keepers[self._newest] = [keeper, 0]
-            new = self._newest
-            self._keepers[new][1] += 1
+            shared = self._newest in self._keepers and self._keepers[self._newest][0] is keeper
+            new = self._newest if shared else self._newest + 1
         if new != old:
             self.tags.set_value(row.iova, entry[2] & (Prot.RW | _MMIO) | new << _KEEPER_SHIFT)
+        if new:
+            self._newest = new
+            self._keepers.setdefault(new, [keeper, 0])[1] += 1
         if old:
             self._keepers[old][1] -= 1
             if not self._keepers[old][1]:
