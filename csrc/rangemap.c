@@ -112,10 +112,10 @@ static inline void move_words(void *to, const void *from, size_t bytes)
     size_t n = bytes / 8;
     if (t < f)
         for (size_t i = 0; i < n; i++)
-            PUT(t[i], f[i]);
+            PUT(t[i], GET(f[i]));
     else
         for (size_t i = n; i-- > 0;)
-            PUT(t[i], f[i]);
+            PUT(t[i], GET(f[i]));
 #else
     memmove(to, from, bytes);
 #endif

@@ -1,5 +1,6 @@
 """RangeMap and VaddrIndex: what each operation does, and what it refuses."""
 import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -73,9 +74,9 @@ def test_impossible_range_is_einval_and_changes_nothing(ranges, start, size):
 
 @pytest.mark.parametrize("wrong", ["1", 1.0, None, b"1"])
 def test_wrong_type_is_a_type_error(ranges, wrong):
-    for operation in (lambda: ranges.insert(wrong, 1, 1), lambda: ranges.translate(wrong), lambda: ranges.remove(wrong)):
+    for operation, arguments in ((ranges.insert, (wrong, 1, 1)), (ranges.translate, (wrong,)), (ranges.remove, (wrong,))):
         with pytest.raises(TypeError):
-            operation()
+            operation(*arguments)
 
 
 def test_numpy_integers_are_integers(ranges):
@@ -147,7 +148,7 @@ def test_build_needs_an_empty_map(ranges):
 
 
 def test_build_refuses_another_shape_or_type(ranges):
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(TypeError, match="shape"):
         ranges.build(np.zeros((3, 2), np.uint64))
     with pytest.raises(TypeError, match="uint64"):
         ranges.build(np.zeros((3, 3)))
@@ -278,9 +279,9 @@ def test_c_functions_can_be_cimported(tmp_path):
         "    return n\n")
     (tmp_path / "setup.py").write_text(
         "from Cython.Build import cythonize\nfrom setuptools import Extension, setup\n"
-        f"root = {str(ROOT)!r}\n"
-        "setup(ext_modules=cythonize([Extension('user', ['user.pyx', root + '/csrc/rangemap.c', root + '/csrc/vaddrindex.c'], "
-        "include_dirs=[root + '/csrc'], extra_compile_args=['-D_GNU_SOURCE', '-w'])], language_level=3))\n")
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path, check=True, env=environment)
-    subprocess.run([sys.executable, "-c", "import user; assert user.count() == 1"], cwd=tmp_path, check=True, env=environment)
+        f"csrc = {str(ROOT / 'csrc')!r}\n"
+        "user = Extension('user', ['user.pyx', csrc + '/rangemap.c', csrc + '/vaddrindex.c'], include_dirs=[csrc],\n"
+        "                 extra_compile_args=['-D_GNU_SOURCE', '-w'])\n"
+        "setup(ext_modules=cythonize([user], language_level=3))\n")
+    for arguments in (["setup.py", "-q", "build_ext", "--inplace"], ["-c", "import user; assert user.count() == 1"]):
+        subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -1,19 +1,11 @@
 """Ordered map of disjoint address ranges, and the way back from virtual addresses.  C does the work: csrc/rangemap.c."""
-from cpython.buffer cimport (
-    PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_ND, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer)
-from cpython.exc cimport PyErr_Clear, PyErr_Occurred
-from cpython.long cimport PyLong_CheckExact
+from cpython.buffer cimport PyBUF_WRITABLE, Py_buffer, PyBuffer_Release
 from libc.errno cimport EEXIST, EINVAL, ENOENT, ENOMEM
 from libc.stdint cimport UINT64_MAX, uint64_t
 from libc.stdlib cimport free, malloc
 
-from operator import index
-
+from .args cimport acquire, acquire_rows, u64
 from .errno cimport raise_errno
-
-cdef extern from "Python.h":
-    # Declared without its exception, which u64() tests for itself: a `try` would save and restore the exception state each time.
-    uint64_t PyLong_AsUnsignedLongLong(object) noexcept
 
 # Below this many elements a batch keeps the GIL: letting it go costs about as much as the work.
 cdef enum:
@@ -23,18 +15,6 @@ cdef enum:
 
 cdef int refuse(str operation, object start, object size, str hint) except -1:
     return raise_errno(EINVAL, operation, start, size, hint)
-
-
-cdef inline uint64_t u64(str operation, object number) except? 0xffffffffffffffff:
-    """The integer as uint64: TypeError for another type, EINVAL for another integer."""
-    cdef uint64_t value
-    if not PyLong_CheckExact(number):
-        number = index(number)
-    value = PyLong_AsUnsignedLongLong(number)
-    if value == UINT64_MAX and PyErr_Occurred():
-        PyErr_Clear()
-        refuse(operation, number, None, f"{number} is not within 0 ... 2**64 - 1")
-    return value
 
 
 cdef inline uint64_t last_of(str operation, uint64_t start, uint64_t size) except? 0xffffffffffffffff:
@@ -47,19 +27,6 @@ cdef inline uint64_t last_of(str operation, uint64_t start, uint64_t size) excep
 
 cdef inline tuple as_tuple(const rangemap_entry *entry):
     return entry.start, entry.last - entry.start + 1, entry.value
-
-
-cdef int acquire(object source, Py_buffer *view, int flags, str operation) except -1:
-    """Get a C-contiguous buffer of native uint64."""
-    PyObject_GetBuffer(source, view, PyBUF_FORMAT | PyBUF_ND | PyBUF_C_CONTIGUOUS | flags)
-    cdef const char *format = view.format
-    if format != NULL and (format[0] == c"@" or format[0] == c"="):
-        format += 1
-    if format == NULL or view.itemsize != 8 or (format[0] != c"Q" and format[0] != c"L") or format[1]:
-        kind = (<bytes>view.format).decode() if view.format != NULL else "B"
-        PyBuffer_Release(view)
-        raise TypeError(f"{operation}: a C-contiguous buffer of uint64 is required, not of format {kind!r}")
-    return 0
 
 
 cdef class RangeMap:
@@ -283,18 +250,15 @@ cdef class RangeMap:
 
         Notes
         -----
-        The GIL is released for more than 64 rows.
+        The GIL is released.
         """
         cdef Py_buffer source
+        cdef Py_ssize_t n
         cdef int err
-        acquire(entries, &source, 0, "build")
-        try:
-            if source.ndim != 2 or source.shape[1] != 3:
-                raise ValueError("build: an array of shape (n, 3) is required: start, size, value")
-            with nogil:
-                err = rangemap_build_sizes(self.map, <const uint64_t *>source.buf, source.shape[0])
-        finally:
-            PyBuffer_Release(&source)
+        acquire_rows(entries, &source, 3, &n, "build")
+        with nogil:
+            err = rangemap_build_sizes(self.map, <const uint64_t *>source.buf, n)
+        PyBuffer_Release(&source)
         if err == -ENOMEM:
             raise MemoryError
         if err == -EEXIST:
