@@ -1,25 +1,19 @@
-/* The address space while every other allocation of memory fails: a refused call must have changed nothing.
- * Link with -Wl,--wrap=malloc,--wrap=aligned_alloc. */
-#include "iovaspace.h"
-
+/* The address space while every other malloc of its kernels fails: a refused call must have changed nothing. */
 #include <errno.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 static bool failing;
 
-void *__real_malloc(size_t size);
-void *__real_aligned_alloc(size_t align, size_t size);
-
-void *__wrap_malloc(size_t size)
+static void *malloc_or_not(size_t size)
 {
-    return failing && rand() % 2 ? NULL : __real_malloc(size);
+    return failing && rand() % 2 ? NULL : malloc(size);
 }
 
-void *__wrap_aligned_alloc(size_t align, size_t size)
-{
-    return failing && rand() % 2 ? NULL : __real_aligned_alloc(align, size);
-}
+#define malloc malloc_or_not
+#include "../../csrc/gaps.c"
+#include "../../csrc/iovaspace.c"
 
 static const iovaspace_range ranges[] = {{0, 4}, {10, 60000}, {60010, (1 << 20) - 1}};
 static uint64_t live[4000];

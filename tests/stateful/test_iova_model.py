@@ -2,7 +2,6 @@
 import errno
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
@@ -198,5 +197,4 @@ class AllocatorMachine(RuleBasedStateMachine):
             assert (stats.used, stats.chunks) == (0, 0)
 
 
-AllocatorMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 TestAllocator = AllocatorMachine.TestCase
