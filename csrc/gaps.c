@@ -4,12 +4,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef GAPS_SLAB
+#define GAPS_SLAB 64    /* nodes a malloc; a test takes fewer */
+#endif
+
 enum {
     CLASSES = 3,
     FAN = 32,
     LEAST = FAN / 4,    /* rows of a node that is not the root */
     HEIGHT = 16,        /* LEAST ** HEIGHT gaps don't fit in memory */
-    SLAB = 64,          /* nodes a malloc */
+    SLAB = GAPS_SLAB,
 };
 
 typedef struct node node;

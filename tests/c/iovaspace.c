@@ -12,6 +12,7 @@ static void *malloc_or_not(size_t size)
 }
 
 #define malloc malloc_or_not
+#define GAPS_SLAB 1
 #include "../../csrc/gaps.c"
 #include "../../csrc/iovaspace.c"
 
