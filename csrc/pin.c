@@ -102,7 +102,7 @@ struct alias {
     dev_t dev;
     uint64_t inode, offset, size;       /* the part of the file that is mapped */
     char *address;
-    bool direct, writable;
+    bool direct, writable, writeback;
     size_t refs;
 };
 
@@ -126,6 +126,27 @@ static bool cannot_shrink(const vma *area)
     return sealed;
 }
 
+/* Do shared pages of this file need write-back?  Those of memory-backed filesystems do not; memfd and shared anonymous
+ * memory live on mounts that are not listed. */
+static bool needs_writeback(const vma *area)
+{
+    FILE *mounts = fopen("/proc/self/mountinfo", "re");
+    char line[4096], type[64];
+    bool needs = false;
+    while (mounts && fgets(line, sizeof line, mounts)) {
+        unsigned major_number, minor_number;
+        char *tail = strstr(line, " - ");
+        if (!tail || sscanf(line, "%*d %*d %u:%u", &major_number, &minor_number) != 2 ||
+            makedev(major_number, minor_number) != area->dev || sscanf(tail, " - %63s", type) != 1)
+            continue;
+        needs = strcmp(type, "tmpfs") && strcmp(type, "devtmpfs") && strcmp(type, "hugetlbfs") && strcmp(type, "ramfs");
+        break;
+    }
+    if (mounts)
+        fclose(mounts);
+    return needs;
+}
+
 static struct alias *alias_make(const vma *area)
 {
     uint64_t size = area->end - area->start;
@@ -141,7 +162,7 @@ static struct alias *alias_make(const vma *area)
     madvise(address, size, MADV_DONTFORK);
     bool writable = !mprotect(address, size, PROT_READ | PROT_WRITE);
     *a = (struct alias){.dev = area->dev, .inode = area->inode, .offset = area->offset, .size = size, .address = address,
-                        .direct = cannot_shrink(area), .writable = writable};
+                        .direct = cannot_shrink(area), .writable = writable, .writeback = needs_writeback(area)};
     return a;
 }
 
@@ -213,29 +234,6 @@ static int populate(uint64_t address, uint64_t size, bool write)
     return 0;
 }
 
-/* Do shared pages of this file need write-back?  Those of memory-backed filesystems do not; memfd and shared anonymous
- * memory live on mounts that are not listed. */
-static bool needs_writeback(const vma *area)
-{
-    if (!area->shared || !area->inode)
-        return false;
-    FILE *mounts = fopen("/proc/self/mountinfo", "re");
-    char line[4096], type[64];
-    bool needs = false;
-    while (mounts && fgets(line, sizeof line, mounts)) {
-        unsigned major_number, minor_number;
-        char *tail = strstr(line, " - ");
-        if (!tail || sscanf(line, "%*d %*d %u:%u", &major_number, &minor_number) != 2 ||
-            makedev(major_number, minor_number) != area->dev || sscanf(tail, " - %63s", type) != 1)
-            continue;
-        needs = strcmp(type, "tmpfs") && strcmp(type, "devtmpfs") && strcmp(type, "hugetlbfs") && strcmp(type, "ramfs");
-        break;
-    }
-    if (mounts)
-        fclose(mounts);
-    return needs;
-}
-
 /* ---- pins */
 
 typedef struct {
@@ -286,27 +284,28 @@ static int pin_errno(int err)
     return err == -ENOMEM || err == -EINTR ? err : -EFAULT;
 }
 
-/* Pin one VMA's part as the next segment; adds to *counted. */
-static int pin_part(const vma *area, uint64_t at, uint64_t size, unsigned rules, uint64_t allowed, pin *p, uint64_t *counted)
+/* Pin one VMA's part as segment s; adds to *counted. */
+static int pin_part(const vma *area, pin *p, segment *s, unsigned rules, uint64_t allowed, uint64_t *counted)
 {
     bool write = rules & PIN_WRITE;
     bool zero_free = rules & PIN_ZERO_PAGE_FREE && !write && !area->shared && !area->inode;
-    uint64_t room = allowed - *counted, pages = size / PAGE;
-    segment *s = &p->segments[p->nsegments];
+    uint64_t at = s->vaddr, room = allowed - *counted, pages = s->size / PAGE;
 
-    s->size = size;
-    s->vaddr = at;
     if (write ? !area->writable : !area->readable)
         return -EFAULT;
-    if (rules & PIN_NO_WRITEBACK && write && needs_writeback(area))
-        return -EFAULT;
+    if (area->shared && (s->alias = alias_get(area, write))) {
+        if (rules & PIN_NO_WRITEBACK && write && s->alias->writeback)
+            return -EFAULT;
+        s->direct = s->alias->direct;
+        s->vaddr = (uint64_t)(uintptr_t)s->alias->address + (area->offset - s->alias->offset) + (at - area->start);
+    }
     /* Pages are counted as they are pinned: a limit that is reached before a fault wins. */
     if (!zero_free && pages > room) {
         int err = populate(at, (room + 1) * PAGE, write);
         if (err != -EINVAL)
             return err ? pin_errno(err) : -ENOMEM;
     }
-    int err = populate(at, size, write);
+    int err = populate(at, s->size, write);
     if (err == -EINVAL) {
         s->mmio = true;         /* the permissions are right, so it is VM_IO or VM_PFNMAP */
         pages = 0;
@@ -316,13 +315,9 @@ static int pin_part(const vma *area, uint64_t at, uint64_t size, unsigned rules,
     if (zero_free) {
         if (!p->zero && !(p->zero = calloc((p->size / PAGE + 63) / 64, 8)))
             return -ENOMEM;
-        pages -= find_zero_pages(at, size, p->zero, s->offset / PAGE);
+        pages -= find_zero_pages(at, s->size, p->zero, s->offset / PAGE);
         if (pages > room)
             return -ENOMEM;
-    }
-    if (area->shared && !s->mmio && (s->alias = alias_get(area, write))) {
-        s->direct = s->alias->direct;
-        s->vaddr = (uint64_t)(uintptr_t)s->alias->address + (area->offset - s->alias->offset) + (at - area->start);
     }
     *counted += pages;
     return 0;
@@ -340,11 +335,11 @@ static int pin_parts(uint64_t vaddr, uint64_t size, unsigned rules, uint64_t all
         if (!grown)
             return -ENOMEM;
         *p = grown;
-        grown->segments[grown->nsegments] = (segment){.offset = done};
-        int err = pin_part(&area, vaddr + done, part, rules, allowed, grown, counted);
+        segment *s = &grown->segments[grown->nsegments++];
+        *s = (segment){.offset = done, .size = part, .vaddr = vaddr + done};
+        int err = pin_part(&area, grown, s, rules, allowed, counted);
         if (err)
             return err;
-        grown->nsegments++;
     }
     return 0;
 }
