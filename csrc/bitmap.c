@@ -51,18 +51,26 @@ static uint64_t scalar_count_starts(const uint64_t *words, uint64_t n, uint64_t 
 
 static uint64_t scalar_harvest(uint64_t *dst, unsigned shift, uint64_t *src, uint64_t n)
 {
-    uint64_t total = 0, carry = 0;
-    for (uint64_t i = 0; i < n; i++) {
-        uint64_t w = src[i];
-        if (!(w | carry))
+    uint64_t total = 0, before = 0;
+    for (uint64_t i = 0; i < n;) {
+        uint64_t stop = i + 8 < n ? i + 8 : n, seen = before;
+        for (uint64_t k = i; k < stop; k++)
+            seen |= src[k];
+        if (!seen) {
+            i = stop;
             continue;
-        dst[i] |= w << shift | carry;
-        carry = shift ? w >> (64 - shift) : 0;
-        src[i] = 0;
-        total += ones(w);
+        }
+        /* Shifting twice, since a shift by 64 is undefined. */
+        for (; i < stop; i++) {
+            uint64_t w = src[i];
+            dst[i] |= w << shift | before >> 1 >> (63 - shift);
+            src[i] = 0;
+            total += ones(w);
+            before = w;
+        }
     }
-    if (carry)
-        dst[n] |= carry;
+    if (before >> 1 >> (63 - shift))
+        dst[n] |= before >> 1 >> (63 - shift);
     return total;
 }
 
