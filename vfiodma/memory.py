@@ -92,7 +92,7 @@ class MemoryRegion:
         try:
             own = os.dup(fd)
         except OSError as exc:
-            raise error(exc.errno, "mmap", None, size, f"fd {fd} is not an open descriptor") from None
+            raise error(exc.errno or errno.EIO, "mmap", None, size, f"fd {fd} is not an open descriptor") from None
         try:
             block = mmap.mmap(own, size, flags=mmap.MAP_SHARED, prot=protection, offset=offset)
         except (OSError, ValueError) as exc:
@@ -245,7 +245,7 @@ class GuestMemory:
         try:
             block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as exc:
-            raise error(exc.errno, "mmap", None, size, "not enough memory or address space (ulimit -v)") from None
+            raise error(exc.errno or errno.EIO, "mmap", None, size, "not enough memory or address space (ulimit -v)") from None
         block.madvise(mmap.MADV_DONTFORK)
         return cls._of(MemoryRegion(block, kind="anonymous", prot=Prot.RW))
 
@@ -450,7 +450,7 @@ def _from_memfd(size: int, name: str, seal: bool, pgsize: int, flags: int, kind:
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     except OSError as exc:
         sizes = "the CPU's huge page sizes are listed in /sys/kernel/mm/hugepages" if flags else ""
-        raise error(exc.errno, "memfd_create", None, size, sizes) from None
+        raise error(exc.errno or errno.EIO, "memfd_create", None, size, sizes) from None
     try:
         try:
             os.ftruncate(fd, size)
@@ -458,7 +458,7 @@ def _from_memfd(size: int, name: str, seal: bool, pgsize: int, flags: int, kind:
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         except OSError as exc:
             hint = _hugetlb_hint(size, pgsize) if kind == "hugetlb" else ""
-            raise error(exc.errno, "memfd_create", None, size, hint) from None
+            raise error(exc.errno or errno.EIO, "memfd_create", None, size, hint) from None
         return MemoryRegion.from_fd(fd, size, kind=kind, pgsize=pgsize)
     finally:
         os.close(fd)

@@ -88,7 +88,8 @@ class AddressSpaceMachine(RuleBasedStateMachine):
             number = errno.EEXIST
         elif len(self.model) == ENTRY_LIMIT:
             number = errno.ENOSPC
-        mapping = self.expect(number, lambda: self.ioas.map(self.memory, iova, offset=page * PAGE, size=size, prot=prot))
+        mapping = self.expect(
+            number, lambda: self.ioas.map(self.memory, iova, offset=page * PAGE, size=size, prot=prot))
         if mapping is not None:
             assert not self.overlapping(mapping.iova, size) and mapping.iova
             self.model[mapping.iova] = page * PAGE, size, prot
@@ -197,7 +198,8 @@ class AddressSpaceMachine(RuleBasedStateMachine):
         self.memory.close()
         self.memory = moved
         for start, (offset, size, prot) in self.model.items():
-            assert self.ioas.update_vaddr(start, moved, offset=offset) == (start, moved.region.vaddr + offset, size, prot)
+            mapping = self.ioas.update_vaddr(start, moved, offset=offset)
+            assert mapping == (start, moved.region.vaddr + offset, size, prot)
         self.invalid.clear()
 
     @rule(iova=spots)

@@ -299,6 +299,22 @@ def test_marks_go_with_the_mapping(ioas, memory):
     assert marked(ioas, BASE, 8 * PAGE) == []
 
 
+@pytest.mark.parametrize("into", [DirtyBitmap(7, PAGE), DirtyBitmap(8, 2 * PAGE), bytes(8), bytearray(4)])
+def test_bitmap_that_does_not_suit_keeps_the_marks(into, ioas, memory):
+    ioas.map(memory, BASE)
+    ioas.mark_dirty(BASE, 1)
+    with pytest.raises((errors.VfioError, BufferError, TypeError, ValueError)):
+        ioas.harvest_marked(BASE, 8 * PAGE, into)
+    assert marked(ioas, BASE, 8 * PAGE) == [0]
+
+
+def test_plain_words_take_a_harvest(ioas, memory):
+    ioas.map(memory, BASE)
+    ioas.mark_dirty(BASE + PAGE, 1)
+    words = np.zeros(1, np.uint64)
+    assert ioas.harvest_marked(BASE, 8 * PAGE, words) == 1 and words[0] == 2
+
+
 # Pins
 
 def test_pinned_range_stays_mapped(ioas, memory):
@@ -397,7 +413,8 @@ def test_listeners_are_called_in_order(ioas, memory):
     ioas.map(memory, BASE)
     ioas.unmap(BASE)
     assert seen == [("a", "mapped", PAGE), ("a", "mapped", BASE), ("b", "mapped", BASE),
-                    ("a", "unmapping", BASE), ("b", "unmapping", BASE), ("a", "unmapped", BASE), ("b", "unmapped", BASE)]
+                    ("a", "unmapping", BASE), ("b", "unmapping", BASE),
+                    ("a", "unmapped", BASE), ("b", "unmapped", BASE)]
     ioas.remove_listener(second)
     with pytest.raises(ValueError):
         ioas.remove_listener(second)
@@ -425,7 +442,8 @@ def test_listener_that_refuses_an_unmap_stops_it_and_tells_the_others(ioas, memo
     before = state(ioas)
     with pytest.raises(Failure):
         ioas.unmap(BASE)
-    assert seen == [("a", "unmapping", BASE), ("b", "unmapping", BASE), ("a", "mapped", BASE)] and state(ioas) == before
+    assert seen == [("a", "unmapping", BASE), ("b", "unmapping", BASE), ("a", "mapped", BASE)]
+    assert state(ioas) == before
 
 
 def test_listener_can_look_but_not_change(ioas, memory):
@@ -514,7 +532,8 @@ def operations(memory, moved):
         "invalidate": (four, lambda ioas: ioas.invalidate_vaddr()),
         "update": (four_invalid, lambda ioas: ioas.update_vaddr(BASE, moved, offset=PAGE)),
         "update_many": (four_invalid, lambda ioas: ioas.update_vaddr_many(
-            [(iova, address - vaddr + moved.region.vaddr, size) for iova, address, size, _ in rows], keep=moved.region)),
+            [(iova, address - vaddr + moved.region.vaddr, size) for iova, address, size, _ in rows],
+            keep=moved.region)),
     }
 
 
@@ -523,8 +542,8 @@ LAST_STEP = {"unmap": 1, "unmap_all": 1, "invalidate": 1}
 
 
 @pytest.mark.parametrize("features", [("map_many", "vaddr", "unmap_all"), ("vaddr",)])
-@pytest.mark.parametrize("name", ["map", "map at", "map_memory", "map_many", "unmap", "unmap_all", "invalidate", "update",
-                                  "update_many"])
+@pytest.mark.parametrize("name", ["map", "map at", "map_memory", "map_many", "unmap", "unmap_all", "invalidate",
+                                  "update", "update_many"])
 def test_failure_at_any_step_leaves_the_state_as_it_was(name, features):
     memory = GuestMemory.memfd(8 * PAGE)
     moved = memory.remap()
@@ -708,7 +727,8 @@ CLOSED_CALLS = [lambda s: s.translate(0), lambda s: s.get(0), lambda s: s.map(by
                 lambda s: s.find(0), lambda s: s.sgl(0, 1), lambda s: s.cost(1), lambda s: s.refresh_ranges(),
                 lambda s: s.invalidate_vaddr(), lambda s: s.mark_dirty(0, 1), lambda s: s.capabilities,
                 lambda s: s.pin(0, 1).__enter__(), lambda s: s.__enter__(), lambda s: s.iovas_of(0),
-                lambda s: s.translate_many(np.zeros(1, np.uint64)), lambda s: s.map_many([]), lambda s: s.add_listener()]
+                lambda s: s.translate_many(np.zeros(1, np.uint64)), lambda s: s.map_many([]),
+                lambda s: s.add_listener()]
 
 
 @pytest.mark.parametrize("call", CLOSED_CALLS)

@@ -27,22 +27,6 @@ class Marks:
         log = self._logs.get(row.iova)
         if log is None:
             return 0
-        if iova <= row.iova and row.last <= last:
-            return log.harvest(into, (row.iova - iova) // self.pgsize)
-        # The mapping sticks out of the range: marks outside of it go back.
-        found = DirtyBitmap(row.size // self.pgsize, self.pgsize)
-        log.harvest(found)
-        low = max(0, (iova - row.iova) // self.pgsize)
-        end = min(row.size, last + 1 - row.iova) // self.pgsize
-        shift = (row.iova - iova) // self.pgsize
-        count = 0
-        for first, npages in found.runs().tolist():
-            stop = first + npages
-            for begin, until, inside in ((first, min(stop, low), False), (max(first, low), min(stop, end), True),
-                                         (max(first, end), stop, False)):
-                if begin < until and inside:
-                    into.set(begin + shift, until - begin)
-                    count += until - begin
-                elif begin < until:
-                    log.mark(begin, until - begin)
-        return count
+        first, end = max(iova, row.iova), min(last, row.last) + 1
+        return log.harvest(into, (first - iova) // self.pgsize, first=(first - row.iova) // self.pgsize,
+                           npages=(end - first) // self.pgsize)

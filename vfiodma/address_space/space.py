@@ -335,6 +335,9 @@ class IoAddressSpace:
             raise error(errno.EINVAL, "harvest_marked", iova, size, f"they must be multiples of {self.pgsize:#x}")
         if not isinstance(into, DirtyBitmap):
             into = DirtyBitmap.frombuffer(into, size // self.pgsize, self.pgsize)
+        if into.readonly or into.npages * self.pgsize < size or into.pgsize != self.pgsize:
+            raise error(errno.EINVAL, "harvest_marked", iova, size,
+                        f"a writable bitmap of pages of {self.pgsize:#x} bytes for the whole range is needed")
         with self._using("harvest_marked"):
             return sum(self._marks.harvest(row, iova, last, into) for row in self._table.rows(iova, last))
 
@@ -480,7 +483,9 @@ class IoAddressSpace:
         Notes
         -----
         Pages count once for every mapping they are in.  Device memory is not counted.  An estimate: pages that turn
-        out to be reserved are not counted by the kernel either.  Source: getrlimit(2), RLIMIT_MEMLOCK; VFIO_IOMMU_GET_INFO.
+        out to be reserved are not counted by the kernel either.
+
+        Source: getrlimit(2), RLIMIT_MEMLOCK; VFIO_IOMMU_GET_INFO.
         """
         return cost_of(memory, self.capabilities.dma_avail, self.allocator.stats().free)
 
