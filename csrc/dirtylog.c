@@ -14,7 +14,6 @@
  */
 #include "dirtylog.h"
 
-#include <errno.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -118,6 +117,12 @@ static void prepare_registry(void)
     registry.ready = !pthread_key_create(&registry.key, thread_exits);
     if (registry.ready)
         pthread_atfork(NULL, NULL, forked);
+}
+
+void dirtylog_use_membarrier(bool use)
+{
+    pthread_once(&registry.once, prepare_registry);
+    registry.asymmetric = use && barrier_register();
 }
 
 /* A record for this thread: one that an ended thread left, or a new one.  NULL: no memory. */

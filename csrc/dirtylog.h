@@ -5,6 +5,7 @@
 #ifndef VFIODMA_DIRTYLOG_H
 #define VFIODMA_DIRTYLOG_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 typedef struct dirtylog dirtylog;
@@ -25,5 +26,8 @@ void dirtylog_mark(dirtylog *log, uint64_t first, uint64_t n);
  * outside stay for later harvests.  Callers wait for one another.
  */
 uint64_t dirtylog_harvest(dirtylog *log, uint64_t first, uint64_t nbits, uint64_t *dst, uint64_t dst_bit);
+
+/* For tests: whether harvests order marks by membarrier(2), where there is one, or marks pay for it.  No log is in use. */
+void dirtylog_use_membarrier(bool use);
 
 #endif

@@ -180,9 +180,12 @@ int main(int argc, char **argv)
     CHECK(dirtylog_new(~UINT64_C(0)) == NULL);
     dirtylog_free(NULL);
     test_against_a_plain_bitmap(seed);
-    test_marks_are_harvested_exactly_once(seed, false);
-    test_marks_are_harvested_exactly_once(seed, true);
-    test_union_of_harvests_is_union_of_marks();
+    for (int membarrier = 0; membarrier < 2; membarrier++) {
+        dirtylog_use_membarrier(membarrier);
+        test_marks_are_harvested_exactly_once(seed, false);
+        test_marks_are_harvested_exactly_once(seed, true);
+        test_union_of_harvests_is_union_of_marks();
+    }
     printf("%u passed, %u failed\n", passed, failed);
     return failed != 0;
 }
