@@ -92,4 +92,5 @@ def test_map_many_beside_one_by_one(benchmark, memory):
     peer = statistics.median(timed(one_by_one) for _ in range(5))
     own = statistics.median(timed(lambda ioas: ioas.map_many(rows)) for _ in range(5))
     benchmark.pedantic(lambda: None)
-    benchmark.extra_info.update(own_ns=own, peer="map() in a loop", peer_ns=peer, ratio=peer / own, limit=1.5, entries=count)
+    benchmark.extra_info.update(own_ns=own, peer="map() in a loop", peer_ns=peer, ratio=peer / own, limit=1.5,
+                                entries=count)

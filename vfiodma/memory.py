@@ -245,7 +245,8 @@ class GuestMemory:
         try:
             block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as exc:
-            raise error(exc.errno or errno.EIO, "mmap", None, size, "not enough memory or address space (ulimit -v)") from None
+            raise error(exc.errno or errno.ENOMEM, "mmap", None, size,
+                        "too little memory or address space (ulimit -v)") from None
         block.madvise(mmap.MADV_DONTFORK)
         return cls._of(MemoryRegion(block, kind="anonymous", prot=Prot.RW))
 

@@ -13,6 +13,8 @@ TOP = (1 << 64) - 1
 
 def number(name: str, value: Any) -> int:
     """Return an integer; TypeError for anything else, bool included."""
+    if type(value) is int:
+        return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     return value.__index__()

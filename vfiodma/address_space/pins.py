@@ -32,11 +32,12 @@ class Pins:
         """Unpin everything."""
         self._held.clear()
 
-    def wait(self, operation: str, iova: int, last: int, timeout: float | None, check: Callable[[str], None]) -> None:
+    def wait(self, operation: str, iova: int, last: int, timeout: float | None, check: Callable[[str], None]) -> bool:
         """Wait until nothing holds a range: for copies as long as they take, for other pins up to ``timeout``.
 
-        The lock is free meanwhile; ``check`` is called when it was.
+        The lock is free meanwhile; ``check`` is called when it was.  Return whether it was.
         """
+        waited = False
         deadline = None if timeout is None else time.monotonic() + timeout
         while holding := [copying for low, high, copying in self._held.values() if low <= last and high >= iova]:
             left = None
@@ -45,4 +46,6 @@ class Pins:
                 if left <= 0:
                     raise error(errno.EBUSY, operation, iova, last - iova + 1, "a part of the range is pinned")
             self._changed.wait(left)
+            waited = True
             check(operation)
+        return waited

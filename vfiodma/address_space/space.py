@@ -208,9 +208,8 @@ class IoAddressSpace:
             EBUSY: a pin is still held.
         """
         with self._change("unmap_dma"):
-            span = self._free_span("unmap_dma", iova, size, timeout)
-            rows = self._table.rows(*span)
-            return self._remove(rows, lambda: self.backend.unmap_dma(span[0], span[1] - span[0] + 1))
+            rows = self._free_rows("unmap_dma", iova, size, timeout)
+            return self._remove(rows, lambda: self.backend.unmap_dma(iova, rows[-1].last + 1 - iova))
 
     def unmap_all(self, *, timeout: float | None = 0.0) -> int:
         """Remove every mapping; return the bytes unmapped."""
@@ -377,15 +376,14 @@ class IoAddressSpace:
             self._need("vaddr", "invalidate_vaddr")
             everything = size is None and iova == 0
             if everything:
-                span = 0, TOP
-                self._pins.wait("invalidate_vaddr", *span, timeout, self._check)
+                self._pins.wait("invalidate_vaddr", 0, TOP, timeout, self._check)
+                rows = self._table.rows()
             else:
-                span = self._free_span("invalidate_vaddr", iova, size, timeout)
-            rows = self._table.rows(*span)
+                rows = self._free_rows("invalidate_vaddr", iova, size, timeout)
             for row in rows:
                 if self._table.is_invalid(row):
                     raise error(errno.EINVAL, "invalidate_vaddr", row.iova, row.size, "its vaddr is invalid already")
-            self.backend.invalidate_vaddr(*(() if everything else (span[0], span[1] - span[0] + 1)))
+            self.backend.invalidate_vaddr(*(() if everything else (iova, rows[-1].last + 1 - iova)))
             for row in rows:
                 self._table.invalidate(row)
             return sum(row.size for row in rows)
@@ -610,22 +608,24 @@ class IoAddressSpace:
         if feature not in self.backend.capabilities().features:
             raise error(errno.EOPNOTSUPP, operation, hint=f"the backend has no feature {feature!r} now")
 
-    def _free_span(self, operation: str, iova: Any, size: Any, timeout: float | None) -> tuple[int, int]:
-        """Return (iova, last) of a range that whole mappings cover, when no pin holds it any more."""
-        last_of(operation, iova, 1 if size is None else size)
+    def _free_rows(self, operation: str, iova: Any, size: Any, timeout: float | None) -> list[Row]:
+        """Return the mappings that cover a range wholly, when no pin holds it any more."""
+        last = last_of(operation, iova, 1 if size is None else size)
         if size is not None and (iova | size) & (self.pgsize - 1):
             raise error(errno.EINVAL, operation, iova, size, f"iova and size must be multiples of {self.pgsize:#x}")
 
-        def covered() -> tuple[int, int]:
+        def covering() -> list[Row]:
             if size is None:
-                return iova, self._table.starting(operation, iova).last
-            rows = self._table.covering(operation, iova, iova + size - 1)
-            if rows[0].iova != iova or rows[-1].last != iova + size - 1:
+                return [self._table.starting(operation, iova)]
+            rows = self._table.covering(operation, iova, last)
+            if rows[0].iova != iova or rows[-1].last != last:
                 raise error(errno.EINVAL, operation, iova, size, "the range cuts a mapping")
-            return iova, iova + size - 1
+            return rows
 
-        self._pins.wait(operation, *covered(), timeout, self._check)
-        return covered()        # again: the wait gave the lock away
+        rows = covering()
+        if self._pins.wait(operation, iova, rows[-1].last, timeout, self._check):
+            rows = covering()       # the wait gave the lock away
+        return rows
 
     def _waiting(self, iova: int, size: int | None = None) -> Row:
         """Return the mapping that starts at an address and waits for its vaddr."""

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 from .._core.errno import error
 from .._core.rangemap import RangeMap, VaddrIndex
-from ..errors import VfioError
+from ..errors import NotMappedError
 from ..types import Mapping, Prot
 
 _TOP = (1 << 64) - 1
 # A tag: prot in bits 0-1, device memory in bit 2, the number of the keeper above.
-_MMIO, _KEEPER_SHIFT = 4, 3
+_PROT, _MMIO, _KEEPER_SHIFT = 3, 4, 3
+_PROTS = [Prot(bits) for bits in range(4)]
 
 
 class Row(NamedTuple):
@@ -39,7 +40,7 @@ class Row(NamedTuple):
     @property
     def mapping(self) -> Mapping:
         """The public form."""
-        return Mapping(self.iova, self.vaddr, self.size, Prot(self.prot))
+        return Mapping(self.iova, self.vaddr, self.size, _PROTS[self.prot])
 
 
 class MappingTable:
@@ -63,7 +64,7 @@ class MappingTable:
             vaddr = self.translations.get(start)
             if vaddr is None:
                 vaddr = self.invalid.translate(start)
-            rows.append(Row(start, vaddr, size, tag & Prot.RW, bool(tag & _MMIO)))
+            rows.append(Row(start, vaddr, size, tag & _PROT, bool(tag & _MMIO)))
             iova = start + size
         return rows
 
@@ -116,15 +117,23 @@ class MappingTable:
     def remove(self, row: Row) -> None:
         """Take a mapping out, of whatever parts it is in."""
         self.keep(row, None)
-        self._take_out((self.tags.remove, row.iova), (self.translations.remove, row.iova),
-                       (self.invalid.remove, row.iova), (self.reverse.remove, row.vaddr, row.iova))
+        self._stop_translating(row)
+        for part in (self.invalid, self.tags):
+            if row.iova in part:
+                part.remove(row.iova)
 
     def invalidate(self, row: Row, vaddr: int | None = None) -> None:
         """Stop translating a mapping, remember its vaddr (or the one given), and let its memory go."""
-        self._take_out((self.translations.remove, row.iova), (self.reverse.remove, row.vaddr, row.iova))
+        self._stop_translating(row)
         if row.iova not in self.invalid:
             self.invalid.insert(row.iova, row.size, row.vaddr if vaddr is None else vaddr)
         self.keep(row, None)
+
+    def _stop_translating(self, row: Row) -> None:
+        if row.iova in self.translations:
+            self.translations.remove(row.iova)
+            with contextlib.suppress(NotMappedError):       # a failure may have come between the two
+                self.reverse.remove(row.vaddr, row.iova)
 
     def restore(self, row: Row) -> None:
         """Translate an invalid mapping again, to its new address; :meth:`invalidate` takes back what a failure left."""
@@ -144,7 +153,7 @@ class MappingTable:
             shared = self._newest in self._keepers and self._keepers[self._newest][0] is keeper
             new = self._newest if shared else self._newest + 1
         if new != old:
-            self.tags.set_value(row.iova, entry[2] & (Prot.RW | _MMIO) | new << _KEEPER_SHIFT)
+            self.tags.set_value(row.iova, entry[2] & (_PROT | _MMIO) | new << _KEEPER_SHIFT)
         if new:
             self._newest = new
             self._keepers.setdefault(new, [keeper, 0])[1] += 1
@@ -152,9 +161,3 @@ class MappingTable:
             self._keepers[old][1] -= 1
             if not self._keepers[old][1]:
                 self._release(self._keepers.pop(old)[0])
-
-    @staticmethod
-    def _take_out(*steps: tuple[Any, ...]) -> None:
-        for remove, *arguments in steps:
-            with contextlib.suppress(VfioError):
-                remove(*arguments)
