@@ -418,3 +418,62 @@ def test_the_edu_device_moves_bytes_both_ways_and_computes():
         write(0x08, 5)
         assert int.from_bytes(edu.region_read(0, 0x08, 4), "little") == 120
         assert edu.region_read(0, 0, 4) == (0x010000ED).to_bytes(4, "little")
+
+
+@pytest.fixture
+def waiting():
+    """A 5.12 container whose only mapping has an invalid vaddr, and a thread that reads it through an emulated device."""
+    device = Mediated()
+    with open_backend("software", kernel="5.12", groups=[SoftwareGroup(5, [device], emulated=True)],
+                      memlock_limit=None) as backend:
+        memory = Memory(PAGE)
+        memory.map[:5] = b"hello"
+        backend.map_dma(IOVA, memory.vaddr, PAGE, 3)
+        backend.type1.invalidate_vaddr()
+        results = []
+
+        def read():
+            try:
+                results.append(device.port.read(IOVA, 5))
+            except VfioError as failure:
+                results.append(failure.hint)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        yield backend, memory, thread, results
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_on_5_12_emulated_dma_waits_for_a_new_vaddr(waiting):
+    backend, memory, thread, results = waiting
+    backend.update_vaddr(IOVA, memory.vaddr, PAGE)
+    thread.join(10)
+    assert results == [b"hello"]
+
+
+def test_on_5_12_emulated_dma_ends_its_wait_when_the_mapping_goes(waiting):
+    backend, _, thread, results = waiting
+    backend.unmap_dma(IOVA, PAGE)
+    thread.join(10)
+    assert "not mapped" in results[0]
+
+
+def test_on_5_12_emulated_dma_ends_its_wait_when_the_container_is_closed(waiting):
+    backend, _, thread, results = waiting
+    backend.type1.container_closed()
+    thread.join(10)
+    assert "memory is gone" in results[0]
+
+
+def test_from_6_1_emulated_dma_is_busy_while_a_vaddr_is_invalid():
+    """An emulated group may join only while every vaddr is valid, so only a real one that is there first can lead here."""
+    device = Mediated()
+    groups = [SoftwareGroup(1, [ADDRESS]), SoftwareGroup(5, [device], emulated=True)]
+    with open_backend("software", kernel="6.1", groups=groups, memlock_limit=None) as backend:
+        memory = Memory(PAGE)
+        backend.map_dma(IOVA, memory.vaddr, PAGE, 3)
+        with pytest.raises(BusyError):
+            backend.invalidate_vaddr()

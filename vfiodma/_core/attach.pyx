@@ -3,12 +3,12 @@
 Callers hold the instance's lock.  A failed attach leaves ranges, page sizes and mappings as they were.  Source: the VFIO
 Type1 driver's attach and detach of Linux 5.4 to 7.2.
 """
-from libc.errno cimport EBUSY, EFAULT, EINVAL, ENOMEM, EPERM, ERANGE
+from libc.errno cimport EFAULT, EINVAL, ENOMEM, EPERM, ERANGE
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
 from .dirty cimport dirty_fill_all, dirty_resize
-from .mappings cimport pin_mapping, remove_all, unpin_mapping
+from .mappings cimport pin_mapping, remove_all, unpin_mapping, wait_until_valid
 from .state cimport (
     PS, V7_2, dma_t, domain_t, first_from, group_t, iommu_mapped, iova_range, next_of,
     rangemap_overlaps, type1_t,
@@ -238,9 +238,9 @@ cdef int attach_to_iommu(type1_t *t, group_t *group, range_list *ranges) noexcep
 cdef int attach_group(type1_t *t, group_t *group) noexcept nogil:
     cdef range_list ranges
     cdef int err
-    # 5.12 to 6.0 wait here until every vaddr is valid again; waiting under a model's lock would never end.
-    if t.vaddr_invalid_count:
-        return -EBUSY
+    err = wait_until_valid(t, 0, True)
+    if err:
+        return err
     if group.emulated:
         group.pinned_scope = True
         group.next = t.emulated

@@ -7,7 +7,7 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_AS_STRING
 from libc.errno cimport E2BIG, EFAULT, EINVAL, ENOMEM, EOVERFLOW
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint64_t
 
 from .args cimport acquire, new_bytes, u64
 from .errno cimport raise_errno

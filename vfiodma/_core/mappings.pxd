@@ -11,6 +11,7 @@ cdef int unmap_dma(type1_t *t, uint64_t iova, uint64_t size, uint32_t flags, uin
                    uint64_t *unmapped) noexcept nogil
 cdef void remove_all(type1_t *t) noexcept nogil
 cdef dma_t *find_mapping(type1_t *t, uint64_t iova) noexcept nogil
+cdef int wait_until_valid(type1_t *t, uint64_t iova, bint everything) noexcept nogil
 cdef int count_page(type1_t *t, dma_t *dma, uint64_t iova) noexcept nogil
 cdef void uncount_page(dma_t *dma) noexcept nogil
 cdef uint64_t charged_pages() noexcept nogil

@@ -3,14 +3,17 @@
 Every function but type1_new and type1_free is called with the instance's lock held, returns 0 or -errno, and leaves the
 state as it was when it fails, except where the kernel does not.  Source: the VFIO Type1 driver of Linux 5.4 to 7.2.
 """
-from libc.errno cimport EBUSY, EEXIST, EINVAL, ENOENT, ENOMEM, ENOSPC, EOVERFLOW
+from cpython.exc cimport PyErr_CheckSignals, PyErr_Clear
+from libc.errno cimport EBUSY, EEXIST, EFAULT, EINTR, EINVAL, ENOENT, ENOMEM, ENOSPC, EOVERFLOW
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 
 from .dirty cimport bisects, dirty_allocate, dirty_copy_out
 from .state cimport (
     PIN_NO_WRITEBACK, PIN_WRITE, PIN_ZERO_PAGE_FREE, PS, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP, V6_1, V7_2,
-    dma_t, first_from, iommu_mapped, min_pgsize, next_of, pin, pin_memory, pin_release, pthread_mutex_destroy,
+    dma_t, first_from, iommu_mapped, min_pgsize, next_of, pin, pin_memory, pin_release,
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_timedwait, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy, pthread_rwlock_init,
     pthread_rwlock_unlock, pthread_rwlock_wrlock, pthread_rwlockattr_init, pthread_rwlockattr_setkind_np,
     pthread_rwlockattr_t, rangemap_count, rangemap_entry, rangemap_find, rangemap_free, rangemap_insert,
@@ -29,6 +32,7 @@ cdef extern from "memlock.h" nogil:
     int MEMLOCK_UNLIMITED
 
 cdef enum:
+    WAIT_NS = 100000000                 # between looks at pending signals
     UNMAP_ROUNDS = 10                   # of callbacks for one mapping; the kernel stops with a BUG after them
 
 
@@ -58,6 +62,7 @@ cdef type1_t *type1_new(int version, bint v2, uint32_t entry_limit, int64_t meml
     pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP)
     pthread_rwlock_init(&t.iotlb, &attributes)
     pthread_mutex_init(&t.lock, NULL)
+    pthread_cond_init(&t.valid, NULL)
     t.version = version
     t.v2 = v2
     t.dma_avail = entry_limit
@@ -71,6 +76,7 @@ cdef void type1_free(type1_t *t) noexcept nogil:
     remove_all(t)
     rangemap_free(t.mappings)
     free(t.ranges)
+    pthread_cond_destroy(&t.valid)
     pthread_rwlock_destroy(&t.iotlb)
     pthread_mutex_destroy(&t.lock)
     free(t)
@@ -159,7 +165,7 @@ cdef void release(type1_t *t, dma_t *dma) noexcept nogil:
     pin_release(dma.pages)
     memlock_uncharge(dma.locked)
     if dma.vaddr_invalid:
-        t.vaddr_invalid_count -= 1
+        made_valid(t)
     if dma.pinned:
         rangemap_free(dma.pinned)
     free(dma.bitmap)
@@ -202,6 +208,48 @@ cdef bint in_one_range(type1_t *t, uint64_t iova, uint64_t last) noexcept nogil:
     return t.nranges == 0
 
 
+# ---- waiting for a valid vaddr
+
+cdef void made_valid(type1_t *t) noexcept nogil:
+    t.vaddr_invalid_count -= 1
+    pthread_cond_broadcast(&t.valid)
+
+
+cdef bint interrupted() noexcept with gil:
+    if PyErr_CheckSignals() == 0:
+        return False
+    PyErr_Clear()
+    return True
+
+
+cdef bint is_invalid(type1_t *t, uint64_t iova, bint everything) noexcept nogil:
+    cdef dma_t *dma = NULL if everything else find_mapping(t, iova)
+    return t.vaddr_invalid_count != 0 if everything else dma != NULL and dma.vaddr_invalid
+
+
+cdef int wait_until_valid(type1_t *t, uint64_t iova, bint everything) noexcept nogil:
+    """What stands in the way of a use of the mapping at `iova`, or of all: -EBUSY, or up to 5.12 a wait for new vaddrs."""
+    cdef timespec until
+    cdef bint stop
+    if t.version >= V6_1:
+        return -EBUSY if t.vaddr_invalid_count else 0
+    while is_invalid(t, iova, everything):
+        if t.container_closed or t.dead:
+            return -EFAULT
+        clock_gettime(CLOCK_REALTIME, &until)
+        until.tv_nsec += WAIT_NS
+        if until.tv_nsec >= 1000000000:
+            until.tv_sec += 1
+            until.tv_nsec -= 1000000000
+        if pthread_cond_timedwait(&t.valid, &t.lock, &until):
+            pthread_mutex_unlock(&t.lock)
+            stop = interrupted()
+            pthread_mutex_lock(&t.lock)
+            if stop:
+                return -EINTR
+    return 0
+
+
 # ---- map
 
 cdef int update_vaddr(type1_t *t, uint64_t iova, uint64_t vaddr, uint64_t size) noexcept nogil:
@@ -213,7 +261,7 @@ cdef int update_vaddr(type1_t *t, uint64_t iova, uint64_t vaddr, uint64_t size) 
     # The owner can't change: a model lives in one process, so there is nothing to account anew.
     dma.vaddr = vaddr
     dma.vaddr_invalid = False
-    t.vaddr_invalid_count -= 1
+    made_valid(t)
     return 0
 
 

@@ -7,7 +7,7 @@ from libc.errno cimport E2BIG, EACCES, EBUSY, EFAULT, EINVAL, ENOMEM, EOVERFLOW,
 from libc.stdint cimport uint32_t, uint64_t
 
 from .dirty cimport dirty_mark
-from .mappings cimport count_page, find_mapping, uncount_page
+from .mappings cimport count_page, find_mapping, uncount_page, wait_until_valid
 from .state cimport (
     PS, V6_1, V7_2, dma_t, group_t, pin_read, pin_write, pthread_rwlock_rdlock, pthread_rwlock_unlock,
     rangemap_entry, rangemap_find, rangemap_insert, rangemap_new, rangemap_remove, rangemap_set_value, type1_t,
@@ -59,12 +59,12 @@ cdef int pin_pages(type1_t *t, group_t *group, uint64_t iova, uint64_t npages, u
         return -EACCES
     if iova + npages * PS - 1 < iova:
         return -EOVERFLOW if t.version >= V7_2 else -EINVAL
-    if t.vaddr_invalid_count and t.version >= V6_1:
+    if t.version >= V6_1 and t.vaddr_invalid_count:
         return -EBUSY
     if t.unmap_listeners == 0:
         return -EINVAL
     for i in range(npages):
-        err = pin_one(t, iova + i * PS, prot)
+        err = wait_until_valid(t, iova + i * PS, False) or pin_one(t, iova + i * PS, prot)
         if err:
             unpin_pages(t, iova, i)
             return err
@@ -95,9 +95,11 @@ cdef int dma_rw(type1_t *t, uint64_t iova, void *data, uint64_t size, bint write
     cdef char *at = <char *> data
     cdef uint64_t part, vaddr
     cdef dma_t *dma
-    if t.vaddr_invalid_count and t.version >= V6_1:
-        return -EBUSY
+    cdef int err
     while size:
+        err = wait_until_valid(t, iova, False)
+        if err:
+            return err
         dma = find_mapping(t, iova)
         if not dma:
             return -EINVAL

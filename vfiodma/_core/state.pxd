@@ -10,9 +10,12 @@
 # takes the GIL.  `iotlb` lets devices translate and copy beside each other: read-locked for a DMA access, write-locked
 # while a mapping or its pages enter or leave the IOMMU.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from posix.time cimport timespec
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
         pass
     ctypedef struct pthread_rwlock_t:
         pass
@@ -23,6 +26,10 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_lock(pthread_mutex_t *)
     int pthread_mutex_trylock(pthread_mutex_t *)
     int pthread_mutex_unlock(pthread_mutex_t *)
+    int pthread_cond_init(pthread_cond_t *, void *)
+    int pthread_cond_destroy(pthread_cond_t *)
+    int pthread_cond_broadcast(pthread_cond_t *)
+    int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
     int pthread_rwlock_init(pthread_rwlock_t *, pthread_rwlockattr_t *)
     int pthread_rwlock_destroy(pthread_rwlock_t *)
     int pthread_rwlock_rdlock(pthread_rwlock_t *)
@@ -101,8 +108,10 @@ cdef struct domain_t:
 cdef struct type1_t:
     pthread_mutex_t lock
     pthread_rwlock_t iotlb
+    pthread_cond_t valid                    # 5.12: somebody waits for a vaddr to be valid again
     int version
     bint v2, tracking, dead
+    bint container_closed                   # its descriptor is gone: nobody can make a vaddr valid any more
     rangemap *mappings                      # iova -> dma_t *
     dma_t *unfindable                       # up to 6.12: mappings that end at 2**64, which only ALL finds
     domain_t *domains                       # newest first

@@ -20,8 +20,8 @@ from .ioctl cimport type1_extension, type1_ioctl
 from .mappings cimport find_mapping, forget_charges, map_dma, process_locked_pages, type1_free, type1_new, unmap_dma
 from .pinning cimport dma_rw, pin_pages, unpin_pages
 from .state cimport (
-    V5_4, V5_12, V6_1, V6_12, V7_2, dma_t, first_from, group_t, iova_range, min_pgsize, next_of, pthread_mutex_lock,
-    pthread_mutex_trylock, pthread_mutex_unlock, rangemap_count, type1_t,
+    V5_4, V5_12, V6_1, V6_12, V7_2, dma_t, first_from, iova_range, min_pgsize, next_of, pthread_cond_broadcast,
+    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, rangemap_count,
 )
 from .uapi cimport MAP_VADDR, UNMAP_ALL, UNMAP_VADDR
 
@@ -193,7 +193,17 @@ cdef class Type1:
             if not self.t.dead:
                 forget_groups(self.t)
                 self.t.dead = True
+                pthread_cond_broadcast(&self.t.valid)
             pthread_mutex_unlock(&self.t.lock)
+
+    def container_closed(self):
+        """The container's descriptor is gone: whoever waits for a vaddr gives up with EFAULT.  Idempotent."""
+        if self.generation == fork_generation:
+            with nogil:
+                pthread_mutex_lock(&self.t.lock)
+                self.t.container_closed = True
+                pthread_cond_broadcast(&self.t.valid)
+                pthread_mutex_unlock(&self.t.lock)
 
     # ---- groups
 
@@ -203,7 +213,7 @@ cdef class Type1:
         Raises
         ------
         VfioError
-            EBUSY while a vaddr is invalid; EINVAL where a mapping stands outside its aperture or in a reserved region;
+            EBUSY while a vaddr is invalid (5.12: waits); EINVAL where a mapping stands outside its aperture or in a reserved region;
             EPERM without isolated MSI; ENOMEM, EFAULT when mappings of emulated groups can't be pinned.
         """
         cdef int err

@@ -22,6 +22,11 @@ class ContainerFile:
         self.type1 = None
         self.fd_open = True
 
+    def descriptor_closed(self):
+        type1 = self.type1
+        if type1 is not None:
+            type1.container_closed()
+
     def ioctl(self, request, arg):
         if request == abi.VFIO_GET_API_VERSION:
             return 0

@@ -147,6 +147,9 @@ class SoftwareVfio:
 
     def close(self, fd):
         """Close a descriptor.  A container lives on while groups are in it, a group while a device of it is open."""
+        file = self._file(fd, "close")
+        if isinstance(file, ContainerFile):
+            file.descriptor_closed()        # without the lock: an attach may hold it, waiting for a vaddr
         with self._lock:
             file = self._file(fd, "close")
             del self._files[fd]
