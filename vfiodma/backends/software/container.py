@@ -1,6 +1,7 @@
 """The typed door: a container with everything set up, the backend of an IoAddressSpace."""
 from ..._core.type1 import VERSIONS
 from ...errors import ForkedError
+from ...protocols import DirtySource
 from ...types import Capabilities
 from .sources import ContainerSource, PortSource
 
@@ -62,7 +63,7 @@ class SoftwareContainer:
     def dirty_sources(self):
         """Return the most exact source of each device: its own DMA log, or the container's bitmap for emulated ones."""
         ordinary = [group for group in self._groups if not group.iommu.emulated]
-        sources = [PortSource(port) for group in ordinary for port in group.ports.values()]
+        sources: list[DirtySource] = [PortSource(port) for group in ordinary for port in group.ports.values()]
         if self.type1.has_emulated:
             sources.append(ContainerSource(self.type1))
         return sources

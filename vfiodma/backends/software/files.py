@@ -188,7 +188,7 @@ class Group:
         del self.open_devices[device.address]
         device.disconnect()
         self.ports.pop(device.address).disconnect()
-        if self.iommu.emulated and hasattr(device, "dma_unmap"):
+        if self.iommu.emulated and hasattr(device, "dma_unmap") and self.container is not None:
             self.container.type1.remove_unmap_listener(device.dma_unmap)
         self.leave_if_unused()
 

@@ -26,7 +26,7 @@ class PortSource:
 
 def _joined(ranges, most=256):
     """Join touching ranges, then the closest ones, until at most ``most`` are left."""
-    joined = []
+    joined: list[list[int]] = []
     for iova, size in sorted(ranges):
         if joined and joined[-1][0] + joined[-1][1] == iova:
             joined[-1][1] += size
