@@ -762,3 +762,32 @@ def test_forgotten_address_space_warns_and_closes():
         del ioas
         gc.collect()
     assert [w.category for w in seen] == [ResourceWarning] and backend.closed
+
+
+def test_closing_with_a_listener_that_fails_still_closes(memory):
+    def fail(mapping):
+        raise Failure
+    backend = FakeBackend()
+    ioas = IoAddressSpace(backend, close_backend=True)
+    ioas.map(memory, BASE)
+    ioas.add_listener(unmapped=fail)
+    with pytest.raises(Failure) as caught:
+        ioas.close()
+    del caught
+    assert ioas.closed and backend.closed and not backend.mapped
+    memory.close()
+
+
+def test_backend_that_fails_to_unmap_at_close_lets_the_memory_go(memory):
+    backend = FakeBackend()
+    ioas = IoAddressSpace(backend, close_backend=True)
+    ioas.map(memory, BASE)
+
+    def fail():
+        raise Failure
+    backend.unmap_all = fail
+    with pytest.raises(Failure) as caught:
+        ioas.close()
+    del caught
+    assert backend.closed
+    memory.close()

@@ -656,10 +656,10 @@ class IoAddressSpace:
                     self.backend.map_dma(row.iova, row.vaddr, row.size, row.prot)
                     undo.append((self.backend.unmap_dma, row.iova, row.size))
         except DmaLimitError as exc:
-            exc.hint = "; ".join(filter(None, (exc.hint, raise_entry_limit())))
+            exc.hint = exc.hint or raise_entry_limit()
             raise
         except LockedMemoryError as exc:
-            exc.hint = "; ".join(filter(None, (exc.hint, raise_locked_limit(hostinfo.locked_memory()))))
+            exc.hint = exc.hint or raise_locked_limit(hostinfo.locked_memory())
             raise
         for row in rows:
             undo.append((self._table.remove, row))
