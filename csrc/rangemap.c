@@ -30,8 +30,8 @@ enum {
     FANOUT = 32, INNER_MIN = 10, INNER_MERGED = 24, INNER_BUILT = 28,
     HEIGHT = 16,                /* 2^16 at the least branching of 2, in practice 10^16 entries */
     RETRIES = 64,
-    GROUP = 16,                 /* keys looked up side by side */
-    DENSE = GROUP << 16,        /* bytes that a group of keys spans when it counts as a run: 64 KiB a key */
+    GROUP = 32,                 /* keys looked up side by side */
+    DENSE = 2 << 20,            /* bytes that a group of keys spans when it counts as a run */
 };
 
 typedef struct {

@@ -163,24 +163,25 @@ static TARGET int FN(lower)(const rangemap *map, uint64_t key, rangemap_entry *o
 }
 
 /*
- * Look up GROUP keys side by side, so that their cache misses overlap; one validation for all of them.
+ * Look up n <= GROUP keys side by side, so that their cache misses overlap; one validation for all of them.
  * Returns one bit for each hit, or -1 if a writer came between.
  */
-static inline TARGET int FN(find_group)(const rangemap *map, const uint64_t *keys, uint64_t *out, uint64_t miss)
+static inline TARGET int64_t FN(find_group)(const rangemap *map, const uint64_t *keys, size_t n, uint64_t *out,
+                                            uint64_t miss)
 {
     uint64_t seq = __atomic_load_n(&map->structure, __ATOMIC_ACQUIRE);
     const node *at[GROUP], *root = GET(map->root);
     unsigned level = GET(map->height), rank[GROUP];
     uint32_t version[GROUP];
     bool changed = false;
-    int hits = 0;
+    int64_t hits = 0;
 
     if (seq & 1 || structure_changed(map, seq))
         return -1;
-    for (unsigned i = 0; i < GROUP; i++)
+    for (unsigned i = 0; i < n; i++)
         at[i] = root;
     for (; level; level--) {
-        for (unsigned i = 0; i < GROUP; i++) {
+        for (unsigned i = 0; i < n; i++) {
             at[i] = GET(at[i]->inner.child[FN(rank_inner)(&at[i]->inner, keys[i])]);
             for (unsigned line = 0; line < 3 + (level > 1); line++)      /* the keys: 4 lines of an inner node, 3 of a leaf */
                 __builtin_prefetch((const char *)at[i] + 64 * line);
@@ -188,19 +189,19 @@ static inline TARGET int FN(find_group)(const rangemap *map, const uint64_t *key
         if (structure_changed(map, seq))
             return -1;
     }
-    for (unsigned i = 0; i < GROUP; i++) {
+    for (unsigned i = 0; i < n; i++) {
         version[i] = __atomic_load_n(&at[i]->leaf.version, __ATOMIC_ACQUIRE);
         rank[i] = FN(rank_leaf)(&at[i]->leaf, keys[i]);
         __builtin_prefetch(&at[i]->leaf.tail[rank[i] ? rank[i] - 1 : 0]);
     }
-    for (unsigned i = 0; i < GROUP; i++) {
+    for (unsigned i = 0; i < n; i++) {
         rangemap_entry entry = leaf_get(&at[i]->leaf, rank[i] ? rank[i] - 1 : 0);
         bool hit = rank[i] && keys[i] <= entry.last;
         out[i] = hit ? entry.value + (keys[i] - entry.start) : miss;
-        hits |= (int)hit << i;
+        hits |= (int64_t)hit << i;
     }
     READ_FENCE();
-    for (unsigned i = 0; i < GROUP; i++)
+    for (unsigned i = 0; i < n; i++)
         changed |= version[i] & 1 || GET(at[i]->leaf.version) != version[i];
     if (changed || GET(map->structure) != seq)
         return -1;
@@ -222,6 +223,10 @@ static TARGET int FN(copy_leaf)(const rangemap *map, uint64_t key, leaf *copy)
     move_words(copy->start, at->start, n * sizeof(copy->start[0]));
     move_words(copy->tail, at->tail, n * sizeof(copy->tail[0]));
     copy->count = n;
+    if (!n) {       /* [1, 0] contains nothing */
+        copy->start[0] = 1;
+        copy->tail[0].last = 0;
+    }
     return leaf_changed(at, version) || structure_changed(map, seq) ? -1 : 0;
 }
 
@@ -269,29 +274,28 @@ static inline TARGET bool FN(is_run)(const uint64_t *keys, size_t n)
 
 static TARGET size_t FN(find_many)(rangemap *map, const uint64_t *keys, uint64_t *out, size_t n, uint64_t miss)
 {
-    _Alignas(64) leaf copy = {.start = {1}};        /* [1, 0] contains nothing */
-    uint64_t group[GROUP], found[GROUP];
+    _Alignas(64) leaf copy = {.start = {1}};
+    uint64_t found[GROUP];                  /* until a group is complete: `out` may be `keys` */
     unsigned slot = 0;
     size_t hits = 0;
 
     for (size_t i = 0; i < n; i += GROUP) {
         size_t count = n - i < GROUP ? n - i : GROUP;
-        if (FN(is_run)(keys + i, count) || count < GROUP / 4) {
+        if (FN(is_run)(keys + i, count)) {
             hits += FN(find_run)(map, keys + i, out + i, count, miss, &copy, &slot);
             continue;
         }
-        for (size_t j = 0; j < GROUP; j++)          /* `out` may be `keys`; a short group is filled up */
-            group[j] = keys[i + (j < count ? j : 0)];
-        int got = -1;
+        int64_t got = -1;
         for (int attempt = 0; got < 0 && attempt < RETRIES; attempt++)
-            got = FN(find_group)(map, group, found, miss);
+            got = count == GROUP ? FN(find_group)(map, keys + i, GROUP, found, miss)
+                                 : FN(find_group)(map, keys + i, count, found, miss);
         if (got < 0) {
             pthread_mutex_lock(&map->mutex);
-            got = FN(find_group)(map, group, found, miss);
+            got = FN(find_group)(map, keys + i, count, found, miss);
             pthread_mutex_unlock(&map->mutex);
         }
         memcpy(out + i, found, count * sizeof(out[0]));
-        hits += __builtin_popcount(got & ((1 << count) - 1));
+        hits += __builtin_popcountll(got);
     }
     return hits;
 }

@@ -119,9 +119,10 @@ class VaddrIndexModel(RuleBasedStateMachine):
 
     @rule(vaddr=addresses, size=sizes, iova=iovas)
     def insert(self, vaddr, size, iova):
-        if vaddr + size - 1 > TOP:
-            return
-        if (vaddr, iova) in self.model:
+        if max(vaddr, iova) + size - 1 > TOP:
+            with pytest.raises(InvalidArgumentError):
+                self.index.insert(vaddr, size, iova)
+        elif (vaddr, iova) in self.model:
             with pytest.raises(OverlapError):
                 self.index.insert(vaddr, size, iova)
         else:

@@ -74,7 +74,8 @@ def test_impossible_range_is_einval_and_changes_nothing(ranges, start, size):
 
 @pytest.mark.parametrize("wrong", ["1", 1.0, None, b"1"])
 def test_wrong_type_is_a_type_error(ranges, wrong):
-    for operation, arguments in ((ranges.insert, (wrong, 1, 1)), (ranges.translate, (wrong,)), (ranges.remove, (wrong,))):
+    calls = (ranges.insert, (wrong, 1, 1)), (ranges.translate, (wrong,)), (ranges.remove, (wrong,))
+    for operation, arguments in calls:
         with pytest.raises(TypeError):
             operation(*arguments)
 
@@ -283,5 +284,6 @@ def test_c_functions_can_be_cimported(tmp_path):
         "user = Extension('user', ['user.pyx', csrc + '/rangemap.c', csrc + '/vaddrindex.c'], include_dirs=[csrc],\n"
         "                 extra_compile_args=['-D_GNU_SOURCE', '-w'])\n"
         "setup(ext_modules=cythonize([user], language_level=3))\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for arguments in (["setup.py", "-q", "build_ext", "--inplace"], ["-c", "import user; assert user.count() == 1"]):
-        subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True, env=environment)

@@ -334,9 +334,10 @@ cdef class VaddrIndex:
         OverlapError
             EEXIST: this vaddr at this iova is there already.
         InvalidArgumentError
-            EINVAL: the size is zero or the range goes beyond 2**64 - 1.
+            EINVAL: the size is zero, or the range of either address goes beyond 2**64 - 1.
         """
         cdef uint64_t first = u64("insert", vaddr), nbytes = u64("insert", size), to = u64("insert", iova)
+        last_of("insert", to, nbytes)
         cdef int err = vaddrindex_insert(self.index, first, last_of("insert", first, nbytes), to)
         if err == -ENOMEM:
             raise MemoryError
