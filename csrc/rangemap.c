@@ -1,15 +1,16 @@
 /*
  * Ordered map of disjoint ranges: a B+tree of 512-byte nodes.
  *
- * A leaf holds up to 20 entries, an inner node up to 32 children and, between each two, a separator.  Invariant: every entry
- * lies wholly between the separators around its leaf, [low, high).  Removals leave a separator lower than the first start
- * to its right, and a later entry to its left may then span it; insert raises the separator first.  So whoever
- * looks for an address needs one leaf only.
+ * A leaf holds up to 20 entries, an inner node up to 32 children and, between each two, a separator.  Invariant: every
+ * entry lies wholly between the separators around its leaf, [low, high).  Removals leave a separator lower than the
+ * first start to its right, and a later entry to its left may then span it; insert raises the separator first.  So
+ * whoever looks for an address needs one leaf only.
  *
- * Readers beside writers.  In-place changes of one leaf make its version odd meanwhile; everything that moves entries between
- * leaves, or changes a separator, a link or the root, makes the map's structure sequence odd meanwhile.  Readers check both
- * and try again; after 64 vain attempts they take the mutex.  Nodes come from a pool that returns memory only with
- * the map, so that a pointer read a moment ago always leads to a node.  No two readers disturb each other.
+ * Readers beside writers.  In-place changes of one leaf make its version odd meanwhile; everything that moves entries
+ * between leaves, or changes a separator, a link or the root, makes the map's structure sequence odd meanwhile. 
+ * Readers check both and try again; after 64 vain attempts they take the mutex.  Nodes come from a pool that returns
+ * memory only with the map, so that a pointer read a moment ago always leads to a node.  No two readers disturb each
+ * other.
  */
 #include "rangemap.h"
 
@@ -20,7 +21,7 @@
 #include <sys/mman.h>
 
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
-/* Vector loads of data that a writer may be changing can't be declared atomic, so ThreadSanitizer sees the scalar level. */
+/* Vector loads of what a writer may be changing can't be declared atomic: ThreadSanitizer gets the scalar level. */
 #define VECTORS 1
 #include <immintrin.h>
 #endif
@@ -49,7 +50,7 @@ typedef struct leaf {
 } leaf;
 
 typedef struct {
-    uint64_t key[FANOUT - 1];   /* key[i] lies above every `last` under child[i] and is at most the first start under child[i + 1] */
+    uint64_t key[FANOUT - 1];   /* above each `last` under child[i], at most the first start under child[i + 1] */
     uint32_t count, unused;     /* of children; in the same line as the last keys */
     node *child[FANOUT];
 } inner;
@@ -186,7 +187,8 @@ static const operations *choose(void)
     const char *limit = getenv("VFIODMA_CPU");
     bool scalar = limit && !strcmp(limit, "scalar"), avx2 = limit && !strcmp(limit, "avx2");
     __builtin_cpu_init();
-    if (!scalar && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")) {
+    if (!scalar && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
+        __builtin_cpu_supports("popcnt")) {
         if (!avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl"))
             return &operations_avx512;

@@ -1,9 +1,9 @@
 /*
  * Ordered map of disjoint ranges [start, last] of 64-bit addresses to a 64-bit value.
  *
- * `last` is inclusive: a range may end at 2^64-1.  The value is opaque.  Any number of readers (find, find_many, lower, overlaps)
- * may run beside writers without taking a lock; writers take the map's own mutex.  An entry that a reader got was in the
- * map at some moment during its call.  Functions return 0 or -errno unless they say otherwise.
+ * `last` is inclusive: a range may end at 2^64-1.  The value is opaque.  Any number of readers (find, find_many,
+ * lower, overlaps) may run beside writers without taking a lock; writers take the map's own mutex.  An entry that a
+ * reader got was in the map at some moment during its call.  Functions return 0 or -errno unless they say otherwise.
  */
 #ifndef VFIODMA_RANGEMAP_H
 #define VFIODMA_RANGEMAP_H
@@ -17,14 +17,14 @@ typedef struct {
     uint64_t start, last, value;
 } rangemap_entry;
 
-/* NULL when out of memory.  The environment variable VFIODMA_CPU=scalar|avx2|avx512 lowers the CPU level of this map. */
+/* NULL when out of memory.  The environment variable VFIODMA_CPU=scalar|avx2|avx512 lowers its CPU level. */
 rangemap *rangemap_new(void);
 void rangemap_free(rangemap *map);
 
 /* Add [start, last].  -EINVAL if last < start, -EEXIST if it overlaps an entry, -ENOMEM; the map is then as before. */
 int rangemap_insert(rangemap *map, uint64_t start, uint64_t last, uint64_t value);
 
-/* Remove the entry that begins at exactly `start`; it is stored in *out unless out is NULL.  -ENOENT if there is none. */
+/* Remove the entry that begins at exactly `start`; it goes to *out unless that is NULL.  -ENOENT if there is none. */
 int rangemap_remove(rangemap *map, uint64_t start, rangemap_entry *out);
 
 /* Replace the value of the entry that begins at exactly `start`.  -ENOENT if there is none. */
@@ -47,13 +47,13 @@ void rangemap_clear(rangemap *map);
 /* Copy up to n entries, ascending, from the first with last >= key: one consistent moment.  Returns how many. */
 size_t rangemap_copy(rangemap *map, uint64_t key, rangemap_entry *out, size_t n);
 
-/* Fill an empty map from ascending, disjoint entries in linear time.  -EINVAL if they are not, -EEXIST if the map has entries. */
+/* Fill an empty map from ascending, disjoint entries, in linear time; -EINVAL if they are not, -EEXIST if it isn't. */
 int rangemap_build(rangemap *map, const rangemap_entry *entries, size_t n);
 
 /* The same from n rows of start, size, value.  -EINVAL too if a size is 0 or a range goes beyond 2^64-1. */
 int rangemap_build_sizes(rangemap *map, const uint64_t *rows, size_t n);
 
-/* out[i] = value + keys[i] - start of the entry that contains keys[i], or `miss`.  Returns the number of hits.  out may be keys. */
+/* out[i] = value + keys[i] - start of the entry that contains keys[i], or `miss`.  Returns the hits. */
 size_t rangemap_find_many(rangemap *map, const uint64_t *keys, uint64_t *out, size_t n, uint64_t miss);
 
 /* Bytes of memory that the map holds. */

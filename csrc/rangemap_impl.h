@@ -2,9 +2,9 @@
  * The parts of rangemap.c that search inside nodes, compiled once per CPU level:
  *   LEVEL   0 scalar, 1 AVX2, 2 AVX-512      FN(name)  the name for this level      TARGET  its function attribute
  *
- * Readers: a pointer is followed only after the structure sequence under which it was read has been found unchanged, so that
- * a node that was reused meanwhile is never taken for what it was.  An answer counts only if the leaf's version and the
- * structure sequence did not change while it was read.
+ * Readers: a pointer is followed only after the structure sequence under which it was read has been found unchanged,
+ * so that a node that was reused meanwhile is never taken for what it was.  An answer counts only if the leaf's
+ * version and the structure sequence did not change while it was read.
  */
 
 #if LEVEL == 0
@@ -68,8 +68,10 @@ static inline TARGET unsigned FN(rank_inner)(const inner *node, uint64_t key)
 static inline TARGET unsigned FN(rank_leaf)(const leaf *node, uint64_t key)
 {
     __m512i k = _mm512_set1_epi64(key);
-    unsigned bits = _mm512_kunpackw(_mm512_kunpackb(0, LE8(node->start + 12)), _mm512_kunpackb(LE8(node->start + 4), 0));
-    bits = bits >> 4 | _mm256_cmple_epu64_mask(_mm256_load_si256((const __m256i *)node->start), _mm512_castsi512_si256(k));
+    unsigned bits = _mm512_kunpackw(_mm512_kunpackb(0, LE8(node->start + 12)),
+                                    _mm512_kunpackb(LE8(node->start + 4), 0));
+    bits = bits >> 4 |
+           _mm256_cmple_epu64_mask(_mm256_load_si256((const __m256i *)node->start), _mm512_castsi512_si256(k));
     return _mm_popcnt_u32(_bzhi_u32(bits, node->count));
 }
 
@@ -93,7 +95,7 @@ static TARGET leaf *FN(locate)(const rangemap *map, uint64_t key, path *way, uns
         way->slot[level] = slot;
         at = at->inner.child[slot];
     }
-    for (unsigned line = 3; line < 8; line++)       /* rank reads the first three lines; the change will touch the others */
+    for (unsigned line = 3; line < 8; line++)       /* rank reads three lines; the change will touch the others */
         __builtin_prefetch((const char *)at + 64 * line, 1);
     *rank = FN(rank_leaf)(&at->leaf, key);
     return &at->leaf;
@@ -183,7 +185,7 @@ static inline TARGET int64_t FN(find_group)(const rangemap *map, const uint64_t 
     for (; level; level--) {
         for (unsigned i = 0; i < n; i++) {
             at[i] = GET(at[i]->inner.child[FN(rank_inner)(&at[i]->inner, keys[i])]);
-            for (unsigned line = 0; line < 3 + (level > 1); line++)      /* the keys: 4 lines of an inner node, 3 of a leaf */
+            for (unsigned line = 0; line < 3 + (level > 1); line++)  /* keys: 4 lines of an inner node, 3 of a leaf */
                 __builtin_prefetch((const char *)at[i] + 64 * line);
         }
         if (structure_changed(map, seq))
@@ -234,8 +236,8 @@ static TARGET int FN(copy_leaf)(const rangemap *map, uint64_t key, leaf *copy)
  * Keys that lie close together: nearly all of them, hits or misses, are answered from a copy of one leaf after another.
  * An entry of the copy may be gone by now, but was there during this call.
  */
-static TARGET size_t FN(find_run)(rangemap *map, const uint64_t *keys, uint64_t *out, size_t n, uint64_t miss, leaf *copy,
-                                  unsigned *slot)
+static TARGET size_t FN(find_run)(rangemap *map, const uint64_t *keys, uint64_t *out, size_t n, uint64_t miss,
+                                  leaf *copy, unsigned *slot)
 {
     size_t hits = 0;
 

@@ -1,4 +1,4 @@
-/* An AVL tree ordered by (vaddr, iova); each node knows the highest `last` below it, so that a look-up skips what ends too early. */
+/* An AVL tree by (vaddr, iova); each node knows the highest `last` below it, so look-ups skip what ends early. */
 #include "vaddrindex.h"
 
 #include <errno.h>

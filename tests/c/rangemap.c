@@ -1,4 +1,4 @@
-/* rangemap against a plain sorted array, on every CPU level; then readers beside a writer.  An argument replaces the seed. */
+/* rangemap against a plain sorted array, on every CPU level; then readers beside a writer.  Argument: the seed. */
 #include "rangemap.h"
 
 #include <errno.h>
@@ -128,8 +128,10 @@ static void fuzz(uint64_t space, unsigned longest, unsigned steps)
             size_t i = rnd() % nmodel;
             model[i].value = value;
             CHECK(rangemap_set_value(map, model[i].start, value) == 0);
-            CHECK(rangemap_set_value(map, model[i].start + 1, value) ==
-                  (i + 1 < nmodel && model[i + 1].start == model[i].start + 1 ? (model[i + 1].value = value, 0) : -ENOENT));
+            bool next = i + 1 < nmodel && model[i + 1].start == model[i].start + 1;
+            CHECK(rangemap_set_value(map, model[i].start + 1, value) == (next ? 0 : -ENOENT));
+            if (next)
+                model[i + 1].value = value;
         } else if (nmodel < MODEL) {
             CHECK(rangemap_insert(map, start, last, value) == model_insert(start, last, value));
         }
@@ -205,7 +207,8 @@ static void ends_at_the_last_address(void)
 
 static void build_refuses_what_is_not_sorted(void)
 {
-    rangemap_entry backwards[] = {{10, 19, 0}, {0, 9, 0}}, overlap[] = {{0, 10, 0}, {10, 19, 0}}, inverted[] = {{5, 4, 0}};
+    rangemap_entry backwards[] = {{10, 19, 0}, {0, 9, 0}}, overlap[] = {{0, 10, 0}, {10, 19, 0}};
+    rangemap_entry inverted[] = {{5, 4, 0}};
     rangemap *map = rangemap_new();
 
     CHECK(rangemap_build(map, backwards, 2) == -EINVAL);
@@ -237,8 +240,8 @@ static void build_of_every_size(void)
 /* ---- readers beside a writer ---- */
 
 /*
- * Even slots stay mapped, odd ones come and go, some of them long enough to span a neighbour's place.  The value says what the
- * entry covers, so a torn answer shows.
+ * Even slots stay mapped, odd ones come and go, one address at a time.  The value says what the entry covers, so a torn
+ * answer shows.
  */
 enum { SLOTS = 2000, WIDTH = 16 };
 static rangemap *shared;
@@ -247,6 +250,11 @@ static int stop;
 static uint64_t mark(uint64_t start, uint64_t last)
 {
     return start * 0x9e3779b97f4a7c15 ^ last * 0xbf58476d1ce4e5b9;
+}
+
+static int map_marked(uint64_t start, uint64_t last)
+{
+    return rangemap_insert(shared, start, last, mark(start, last));
 }
 
 static void *reader(void *wrong)
@@ -289,7 +297,7 @@ static void readers_beside_a_writer(unsigned rounds)
     shared = rangemap_new();
     __atomic_store_n(&stop, 0, __ATOMIC_RELAXED);
     for (uint64_t slot = 0; slot < SLOTS; slot += 2)
-        CHECK(rangemap_insert(shared, slot * WIDTH, slot * WIDTH + WIDTH - 1, mark(slot * WIDTH, slot * WIDTH + WIDTH - 1)) == 0);
+        CHECK(map_marked(slot * WIDTH, slot * WIDTH + WIDTH - 1) == 0);
     for (int i = 0; i < 2; i++)
         pthread_create(&thread[i], NULL, reader, &wrong[i]);
     for (unsigned round = 0; round < rounds; round++) {
@@ -297,7 +305,7 @@ static void readers_beside_a_writer(unsigned rounds)
         uint64_t from = rnd() % (SLOTS / 2 - 60) * 2 + 1;
         for (uint64_t slot = from; slot < from + 100; slot += 2)
             for (uint64_t i = 0; i < WIDTH; i++)
-                CHECK(rangemap_insert(shared, slot * WIDTH + i, slot * WIDTH + i, mark(slot * WIDTH + i, slot * WIDTH + i)) == 0);
+                CHECK(map_marked(slot * WIDTH + i, slot * WIDTH + i) == 0);
         for (uint64_t slot = from; slot < from + 100; slot += 2)
             for (uint64_t i = 0; i < WIDTH; i++)
                 CHECK(rangemap_remove(shared, slot * WIDTH + i, NULL) == 0);

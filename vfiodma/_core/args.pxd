@@ -22,7 +22,7 @@ cdef inline uint64_t u64(str operation, object number) except? 0xfffffffffffffff
     cdef int overflow
     if not PyLong_CheckExact(number):
         number = PyNumber_Index(number)
-    small = PyLong_AsLongLongAndOverflow(number, &overflow)     # three times as fast as the unsigned form, for all but the top half
+    small = PyLong_AsLongLongAndOverflow(number, &overflow)  # faster than the unsigned form
     if not overflow and small >= 0:
         return small
     value = PyLong_AsUnsignedLongLong(number)

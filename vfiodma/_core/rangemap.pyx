@@ -1,4 +1,4 @@
-"""Ordered map of disjoint address ranges, and the way back from virtual addresses.  C does the work: csrc/rangemap.c."""
+"""Ordered map of disjoint address ranges, and the way back from virtual addresses (csrc/rangemap.c)."""
 from cpython.buffer cimport PyBUF_WRITABLE, Py_buffer, PyBuffer_Release
 from libc.errno cimport EEXIST, EINVAL, ENOENT, ENOMEM
 from libc.stdint cimport UINT64_MAX, uint64_t
@@ -32,13 +32,13 @@ cdef inline tuple as_tuple(const rangemap_entry *entry):
 cdef class RangeMap:
     """Map disjoint ranges of 64-bit addresses to 64-bit values.
 
-    Look-ups may run in any number of threads beside one that changes the map, without waiting for it.  An address inside a
-    range translates to ``value + address - start``, modulo 2**64.
+    Look-ups may run in any number of threads beside one that changes the map, without waiting for it.  An address
+    inside a range translates to ``value + address - start``, modulo 2**64.
 
     Notes
     -----
-    Addresses and sizes are in bytes.  A range may end at 2**64 - 1.  Every number is an integer in 0 ... 2**64 - 1: another
-    type is a TypeError, another integer an InvalidArgumentError (EINVAL).  An operation that raises has changed nothing.
+    Addresses and sizes are in bytes.  A range may end at 2**64 - 1.  Every number is an integer in 0 ... 2**64 - 1:
+    another type is a TypeError, another integer an InvalidArgumentError (EINVAL).  What raises has changed nothing.
 
     Source: a DMA mapping is the ``iova``, ``vaddr`` and ``size`` of VFIO_IOMMU_MAP_DMA (include/uapi/linux/vfio.h).
 
@@ -196,7 +196,7 @@ cdef class RangeMap:
         keys : buffer of uint64
             Addresses, C-contiguous, of any shape.
         out : writable buffer of uint64, optional
-            Where the results go, as many elements as `keys`; it may be `keys` itself, but must not overlap it otherwise.
+            Where the results go, as many elements as `keys`; it may be `keys` itself, not overlap it otherwise.
         miss : int
             The result for an address that no entry contains.
 
@@ -207,7 +207,7 @@ cdef class RangeMap:
 
         Notes
         -----
-        The GIL is released for more than 64 addresses.  Beside a writer, each result was true at some moment during the call.
+        The GIL is released for more than 64 addresses.  Beside a writer, each result was true at some moment.
         """
         cdef Py_buffer source, target
         cdef uint64_t absent = u64("translate_many", miss)
