@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import hostinfo
+from ..errors import DmaLimitError, VfioError
 from ..memory import GuestMemory, MemoryRegion
 from .arguments import last_of, number
 
@@ -44,6 +45,11 @@ def raise_locked_limit(locked: hostinfo.LockedMemory) -> str:
     hard = "none" if locked.hard is None else f"{locked.hard} bytes"
     return f"RLIMIT_MEMLOCK is {locked.soft} bytes, {locked.used} of them in use (hard limit {hard}): raise it with " \
            "'ulimit -l', 'memlock' in /etc/security/limits.conf or systemd's LimitMEMLOCK="
+
+
+def limit_hint(exc: VfioError) -> str:
+    """Name the limit behind a refused map: its value, and how to raise it."""
+    return raise_entry_limit() if isinstance(exc, DmaLimitError) else raise_locked_limit(hostinfo.locked_memory())
 
 
 def _blocks(item: Any) -> list[tuple[int, bool]]:

@@ -7,11 +7,9 @@ import errno
 import os
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from .. import hostinfo
 from .._core.bitmap import DirtyBitmap
 from .._core.errno import error
 from .._core.iova import IovaAllocator
@@ -21,7 +19,8 @@ from ..memory import GuestMemory
 from ..protocols import Backend
 from ..types import Capabilities, IovaRange, Mapping, Prot
 from .arguments import TOP, check_prot, hold, last_of, number, place, release, table_of
-from .cost import Cost, cost_of, raise_entry_limit, raise_locked_limit
+from .cost import Cost, cost_of, limit_hint
+from .fork import retire_in_child
 from .listeners import Listener, Listeners
 from .marks import Marks
 from .pins import Pins
@@ -81,7 +80,7 @@ class IoAddressSpace:
         self.get = self._table.translations.get
         self.translate_many = self._table.translations.translate_many
         self._unusable = ""
-        _opened.add(self)
+        retire_in_child(self)
 
     # Mapping
 
@@ -447,8 +446,6 @@ class IoAddressSpace:
                 undo.append((self.backend.invalidate_vaddr, row.iova, row.size))
             self._restore(old, new, undo)
 
-    # Around the mappings
-
     @property
     def capabilities(self) -> Capabilities:
         """What the backend can do at this moment."""
@@ -574,8 +571,6 @@ class IoAddressSpace:
             self._pins.clear()
             self.close()
 
-    # Inside
-
     def _check(self, operation: str) -> None:
         if self._unusable == "closed":
             raise error(errno.EBADF, operation, hint="the address space is closed")
@@ -589,6 +584,11 @@ class IoAddressSpace:
 
         self._unusable = why
         self.translate = self.get = self.translate_many = refuse
+
+    def _retire_forked(self) -> None:
+        self._changed = threading.Condition(threading.RLock())      # a thread of the parent may hold the old one
+        if not self._unusable:
+            self._retire("forked")
 
     @contextlib.contextmanager
     def _using(self, operation: str) -> Iterator[None]:
@@ -610,21 +610,14 @@ class IoAddressSpace:
 
     def _free_rows(self, operation: str, iova: Any, size: Any, timeout: float | None) -> list[Row]:
         """Return the mappings that cover a range wholly, when no pin holds it any more."""
-        last = last_of(operation, iova, 1 if size is None else size)
+        last: int | None = last_of(operation, iova, 1 if size is None else size)
         if size is not None and (iova | size) & (self.pgsize - 1):
             raise error(errno.EINVAL, operation, iova, size, f"iova and size must be multiples of {self.pgsize:#x}")
 
-        def covering() -> list[Row]:
-            if size is None:
-                return [self._table.starting(operation, iova)]
-            rows = self._table.covering(operation, iova, last)
-            if rows[0].iova != iova or rows[-1].last != last:
-                raise error(errno.EINVAL, operation, iova, size, "the range cuts a mapping")
-            return rows
-
-        rows = covering()
+        last = None if size is None else last
+        rows = self._table.whole(operation, iova, last)
         if self._pins.wait(operation, iova, rows[-1].last, timeout, self._check):
-            rows = covering()       # the wait gave the lock away
+            rows = self._table.whole(operation, iova, last)     # the wait gave the lock away
         return rows
 
     def _waiting(self, iova: int, size: int | None = None) -> Row:
@@ -655,11 +648,8 @@ class IoAddressSpace:
                 for row in rows:
                     self.backend.map_dma(row.iova, row.vaddr, row.size, row.prot)
                     undo.append((self.backend.unmap_dma, row.iova, row.size))
-        except DmaLimitError as exc:
-            exc.hint = exc.hint or raise_entry_limit()
-            raise
-        except LockedMemoryError as exc:
-            exc.hint = exc.hint or raise_locked_limit(hostinfo.locked_memory())
+        except (DmaLimitError, LockedMemoryError) as exc:
+            exc.hint = exc.hint or limit_hint(exc)
             raise
         for row in rows:
             undo.append((self._table.remove, row))
@@ -707,16 +697,3 @@ class IoAddressSpace:
         finally:
             with self._changed:
                 self._pins.remove(key)
-
-
-_opened: "weakref.WeakSet[IoAddressSpace]" = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for space in list(_opened):
-        space._changed = threading.Condition(threading.RLock())     # the old one may be held by a thread of the parent
-        if not space._unusable:
-            space._retire("forked")
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -86,6 +86,15 @@ class MappingTable:
             raise error(errno.ENOENT, operation, iova, None, "no mapping starts there")
         return rows[0]
 
+    def whole(self, operation: str, iova: int, last: int | None) -> list[Row]:
+        """Collect whole mappings that cover a range; without ``last``, the one that starts at ``iova``."""
+        if last is None:
+            return [self.starting(operation, iova)]
+        rows = self.covering(operation, iova, last)
+        if rows[0].iova != iova or rows[-1].last != last:
+            raise error(errno.EINVAL, operation, iova, last - iova + 1, "the range cuts a mapping")
+        return rows
+
     def segments(self, operation: str, iova: int, last: int, prot: int = 0) -> list[tuple[int, int]]:
         """Return (vaddr, size) of the memory behind a range, neighbours joined; EPERM where ``prot`` is not allowed."""
         segments: list[tuple[int, int]] = []
