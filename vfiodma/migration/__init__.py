@@ -1,0 +1,7 @@
+"""Moving the memory of running devices to another process: tracker, ledger, pre-copy rounds, stream, receiver."""
+from .precopy import MigrationResult, PrecopySource, Round
+from .receiver import PageReceiver
+from .tracker import DirtyTracker
+from .transport import SocketTransport
+
+__all__ = ["DirtyTracker", "MigrationResult", "PageReceiver", "PrecopySource", "Round", "SocketTransport"]

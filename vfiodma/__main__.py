@@ -1,0 +1,4 @@
+"""``python -m vfiodma``: the command line."""
+from .cli import main
+
+main()

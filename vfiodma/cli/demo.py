@@ -1,0 +1,95 @@
+"""``vfiodma demo``: memory moves to another process while devices write into it, and not one byte is lost."""
+import contextlib
+import importlib.util
+import json
+import re
+import secrets
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from ..errors import MissingExtraError
+from .demo_report import Lines, Screen, Silent, show
+from .demo_source import Settings, run
+from .probe import amount
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_PAGE = 4096
+_HEADROOM = 256 << 20       # memory for the two processes themselves
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of "64M", "1GiB", "4096"; BadParameter for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:iB|B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a size: write 4096, 64M, 1.5G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _check_size(text: str) -> int:
+    size = parse_size(text)
+    if size < 1 << 20 or size % _PAGE:
+        raise typer.BadParameter(f"{text} is {size} bytes: at least 1M, in whole pages of {_PAGE} bytes")
+    available = psutil.virtual_memory().available
+    if 2 * size + _HEADROOM > available:
+        raise typer.BadParameter(f"source and destination need {amount(2 * size + _HEADROOM)} together, "
+                                 f"{amount(available)} of memory are available")
+    return size
+
+
+def _check_working_set(text: str | None, size: int) -> int:
+    if text is None:
+        return min(64 << 20, size // 4 // _PAGE * _PAGE)
+    working_set = parse_size(text)
+    if not _PAGE <= working_set <= size or working_set % _PAGE:
+        raise typer.BadParameter(f"{text} is {working_set} bytes: whole pages of {_PAGE} bytes, at most the memory's "
+                                 f"{amount(size)}", param_hint="--working-set")
+    return working_set
+
+
+def demo(
+    size: Annotated[int, typer.Option(parser=_check_size, metavar="SIZE", help="Guest memory.")] = "1G",     # type: ignore[assignment]
+    image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help=(
+        "File to fill it with; by default the running Python and its libraries."))] = None,
+    devices: Annotated[int, typer.Option(min=1, max=64, help="Devices that write.")] = 2,
+    rate: Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Bytes a second of each.")] = "32M",    # type: ignore[assignment]
+    working_set: Annotated[str | None, typer.Option(metavar="SIZE", help=(
+        "Where each writes; by default 64M, or a quarter of the memory."), show_default=False)] = None,
+    downtime: Annotated[float, typer.Option(min=1, help="Limit of the downtime, in milliseconds.")] = 300.0,
+    max_rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds with running devices.")] = 16,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the devices' writes; by default random.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE.png", help=(
+        "Draw dirty pages and bandwidth of each round."))] = None,
+) -> None:
+    """Move memory to another process while devices write into it; compare every byte."""
+    settings = Settings(size, image, devices, rate, _check_working_set(working_set, size), downtime / 1e3, max_rounds,
+                        secrets.randbelow(1 << 32) if seed is None else seed)
+    if plot is not None and not plot.parent.is_dir():
+        raise typer.BadParameter(f"there is no directory {plot.parent}", param_hint="--plot")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:     # said before the work, not after it
+        raise MissingExtraError("matplotlib", "plot")
+    screen = sys.stdout.isatty() and not as_json and importlib.util.find_spec("rich") is not None
+    with Silent() if as_json else Screen() if screen else Lines() as report:
+        summary = run(settings, report)
+    with contextlib.suppress(BrokenPipeError):
+        if as_json:
+            print(json.dumps(summary, indent=2), flush=True)
+        else:
+            show(summary, screen)
+    if plot is not None:
+        from .plot import plot_rounds
+
+        plot_rounds(summary, plot)
+    if not summary["equal"]:
+        _fail("the memory of both processes differs: bytes were lost or changed on the way")
+    if summary["dma"]["faults"] or summary["destination"]["faults"]:
+        _fail("devices had DMA faults")
+
+
+def _fail(why: str) -> None:
+    print(f"vfiodma demo: {why}", file=sys.stderr)
+    raise typer.Exit(1)

@@ -1,0 +1,179 @@
+"""The destination's side: takes frames apart, trusts nothing, and acknowledges what is in memory."""
+import contextlib
+import errno
+from collections.abc import Callable
+from typing import Any, Self
+
+import numpy as np
+
+from .._core.copy import scatter
+from ..errors import VfioError
+from ..memory import GuestMemory
+from . import stream
+from .layout import Block, MemoryLayout, check_runs, pages_of, runs_of, split_runs
+from .stream import FrameChannel, Header, Hello, Kind, Totals, damaged
+
+
+class PageReceiver:
+    """Receive guest memory from a PrecopySource.
+
+    Parameters
+    ----------
+    transport : Transport
+        Closed by the caller.
+    make_memory : callable
+        Called with a Hello; returns the GuestMemory to fill, or raises VfioError to refuse.
+    fresh : bool
+        The memory holds nothing but zeros, so that zero pages need no writing the first time.
+    on_state : callable, optional
+        Called with (name, bytes) of each state.
+    on_switch : callable, optional
+        Called when all memory is there, before the last acknowledgement: make ready to run.
+
+    Attributes
+    ----------
+    complete : bool
+        All memory was received.  False after any failure: what is in memory then is of no use.
+    epoch : int
+        Number of acknowledged epochs.
+
+    Notes
+    -----
+    ``receive``, ``answer_verify``, ``await_release``.  Every frame is received whole and checked (checksum, order,
+    bounds, sizes, counts, duplicates) before memory is touched.  A failure is told to the source and raised:
+    ProtocolError (EPROTO) for a stream that is truncated or damaged, MigrationError for a source that went away.
+    """
+
+    def __init__(self, transport: Any, make_memory: Callable[[Hello], GuestMemory], *, fresh: bool = False,
+                 on_state: Callable[[str, bytes], object] | None = None,
+                 on_switch: Callable[[], object] | None = None) -> None:
+        self._channel = FrameChannel(transport)
+        self._make_memory = make_memory
+        self._fresh = fresh
+        self._on_state = on_state or (lambda *_: None)
+        self._on_switch = on_switch or (lambda: None)
+        self.layout: MemoryLayout | None = None
+        self.complete = False
+        self.epoch = 0
+
+    def receive(self) -> None:
+        """Receive everything up to the final epoch, and acknowledge it."""
+        with self._telling():
+            layout = self._receive_hello()
+            zeros = np.zeros(stream.CHUNK_BYTES, np.uint8)
+            # The number + 1 of the epoch that brought a page; 0 = none did.
+            brought = [np.zeros(block.npages, np.uint16) for block in layout.blocks]
+            while not self.complete:
+                final = self._receive_epoch(layout, brought, zeros)
+                if final:
+                    self._on_switch()
+                self._channel.send(Kind.ACK, stream.encode_totals(self._totals), epoch=self.epoch)
+                self.epoch += 1
+                self.complete = final
+
+    def answer_verify(self) -> bytes:
+        """Wait for the source's request, and answer it with the SHA-256 of all memory, which is returned."""
+        with self._telling():
+            self._need_complete()
+            self._channel.receive(Kind.VERIFY)
+            assert self.layout is not None
+            digest = self.layout.digest()
+            self._channel.send(Kind.DIGEST, digest)
+            return digest
+
+    def await_release(self) -> None:
+        """Wait until the source has given the guest away; from here on it is ours."""
+        with self._telling():
+            self._need_complete()
+            self._channel.receive(Kind.RUN)
+            self._channel.send(Kind.STARTED)
+
+    def close(self) -> None:
+        """Let the memory go; idempotent."""
+        if self.layout is not None:
+            self.layout.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Inside
+
+    def _receive_hello(self) -> MemoryLayout:
+        header, body = self._channel.receive(Kind.HELLO)
+        hello = stream.decode_hello(body)
+        if header.epoch:
+            raise damaged("HELLO belongs to no epoch")
+        self.layout = MemoryLayout(self._make_memory(hello), hello.pgsize)
+        if self.layout.shape != hello.blocks:
+            raise damaged("the memory here has another shape than the source's")
+        self._channel.send(Kind.READY, hello.stream_id)
+        return self.layout
+
+    def _receive_epoch(self, layout: MemoryLayout, brought: list[Any], zeros: Any) -> bool:
+        """Receive frames up to END; return whether it was the final one."""
+        if self.epoch > stream.MAX_EPOCH:
+            raise damaged("too many epochs")
+        self._totals = Totals(0, 0, 0)
+        while True:
+            header, body = self._channel.receive(Kind.STATE, Kind.PAGES, Kind.ZEROS, Kind.END)
+            if header.epoch != self.epoch:
+                raise damaged(f"a frame of epoch {header.epoch} in epoch {self.epoch}")
+            if header.kind is Kind.END:
+                if stream.decode_totals(body) != self._totals:
+                    raise damaged(f"epoch {self.epoch} ends with other totals than were received")
+                if not self.epoch and self._totals.pages + self._totals.zero_pages != layout.npages:
+                    raise damaged("the first epoch did not bring all memory")
+                return bool(header.flags & stream.FINAL)
+            if header.kind is Kind.STATE:
+                self._on_state(*stream.decode_state(body))
+                continue
+            if header.block >= len(layout.blocks):
+                raise damaged(f"there is no block {header.block}")
+            self._receive_pages(layout.blocks[header.block], layout.pgsize, header, body, brought[header.block], zeros)
+
+    def _receive_pages(self, block: Block, pgsize: int, header: Header, body: memoryview, brought: Any,
+                       zeros: Any) -> None:
+        if not header.nruns:
+            raise damaged(f"{header.kind.name} without runs")
+        runs = np.frombuffer(body, "<u8", header.nruns * 2).reshape(-1, 2).astype(np.uint64)
+        if wrong := check_runs(runs, block.npages):
+            raise damaged(f"{header.kind.name} with {wrong}")
+        content = body[header.nruns * stream.RUN_SIZE:]
+        count = int(runs[:, 1].sum())
+        if count * pgsize > stream.CHUNK_BYTES:
+            raise damaged(f"{header.kind.name} with {count} pages, more than a chunk")
+        if len(content) != (count * pgsize if header.kind is Kind.PAGES else 0):
+            raise damaged(f"{header.kind.name} with {len(content)} bytes for {count} pages")
+        numbers = pages_of(runs)
+        last = brought[numbers]
+        if (last == self.epoch + 1).any():
+            raise damaged(f"a page came twice in epoch {self.epoch}")
+        # From here on the frame is good.
+        brought[numbers] = self.epoch + 1
+        frames, pages, zero_pages = self._totals
+        if header.kind is Kind.PAGES:
+            scatter(content, runs, block.view, pgsize)
+            self._totals = Totals(frames + 1, pages + count, zero_pages)
+            return
+        self._totals = Totals(frames + 1, pages, zero_pages + count)
+        stale = runs if not self._fresh else runs_of(numbers[last != 0])
+        for part in split_runs(stale, len(zeros) // pgsize):
+            scatter(zeros, part, block.view, pgsize)
+
+    def _need_complete(self) -> None:
+        if not self.complete:
+            raise VfioError(errno.EINVAL, operation="verify", hint="the memory is not complete")
+
+    @contextlib.contextmanager
+    def _telling(self) -> Any:
+        """Tell the source why it ends here."""
+        try:
+            yield
+        except BaseException as exc:
+            self.complete = False
+            with contextlib.suppress(OSError):
+                self._channel.send(Kind.ERROR, str(exc).encode()[:stream.LIMITS[Kind.ERROR]])
+            raise

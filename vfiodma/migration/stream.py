@@ -1,0 +1,245 @@
+"""The wire format of a migration, version 1 (docs/stream.md): frames, their limits and checks.  No I/O in here.
+
+A frame is a header of 40 bytes and a body.  All numbers are little-endian.  Checksums are over the bytes that are sent:
+the header's over its first 36 bytes, which hold the body's.
+"""
+import enum
+import errno
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .._core.errno import error
+
+MAGIC = b"VDMA"
+VERSION = 1
+#: Memory that one frame stands for, at most; bounds the buffers of both sides.
+CHUNK_BYTES = 1 << 20
+MAX_RUNS = 1 << 16
+MAX_BLOCKS = 1 << 12
+MAX_EPOCH = (1 << 16) - 2
+FINAL = 1       #: flag of END: the devices are stopped, this was the last epoch
+
+_HEADER = struct.Struct("<4sBBHIIQIIII")
+HEADER_SIZE = _HEADER.size
+_CRC = struct.Struct("<I")
+_HELLO = struct.Struct("<II16s")
+_BLOCK = struct.Struct("<QQ")
+_TOTALS = struct.Struct("<QQQ")
+RUN_SIZE = 16
+DIGEST_SIZE = 32
+
+
+class Kind(enum.IntEnum):
+    """What a frame is for; from 16 on they go from the destination to the source."""
+
+    HELLO = 1       #: page size and blocks of memory
+    STATE = 2       #: named bytes: a device's state, the address space's mappings
+    PAGES = 3       #: runs of pages and their content
+    ZEROS = 4       #: runs of pages that hold nothing but zeros
+    END = 5         #: the epoch's totals
+    VERIFY = 6      #: asks for a digest of all memory
+    RUN = 7         #: the destination owns the guest from here on
+    READY = 16      #: answers HELLO
+    ACK = 17        #: answers END: everything up to here is in memory
+    DIGEST = 18     #: answers VERIFY: SHA-256
+    STARTED = 19    #: answers RUN
+    ERROR = 31      #: the destination gives up; UTF-8 text
+
+
+#: Largest body of each kind, in bytes.
+LIMITS = {
+    Kind.HELLO: _HELLO.size + MAX_BLOCKS * _BLOCK.size,
+    Kind.STATE: 16 << 20,
+    Kind.PAGES: MAX_RUNS * RUN_SIZE + CHUNK_BYTES,
+    Kind.ZEROS: MAX_RUNS * RUN_SIZE,
+    Kind.END: _TOTALS.size,
+    Kind.VERIFY: 0,
+    Kind.RUN: 0,
+    Kind.READY: 16,
+    Kind.ACK: _TOTALS.size,
+    Kind.DIGEST: DIGEST_SIZE,
+    Kind.STARTED: 0,
+    Kind.ERROR: 4096,
+}
+
+
+class Header(NamedTuple):
+    """A frame's header, without magic, version and its own checksum."""
+
+    kind: Kind
+    block: int
+    flags: int
+    epoch: int
+    sequence: int
+    nruns: int
+    length: int         #: bytes of the body
+    body_crc: int
+
+
+class Hello(NamedTuple):
+    """What is to be moved: blocks of (guest-physical address, bytes)."""
+
+    pgsize: int
+    stream_id: bytes
+    blocks: tuple[tuple[int, int], ...]
+
+
+class Totals(NamedTuple):
+    """Of one epoch."""
+
+    frames: int         #: PAGES and ZEROS
+    pages: int          #: with content
+    zero_pages: int
+
+
+def damaged(why: str) -> Exception:
+    """Return the error of a stream that is not what it must be."""
+    return error(errno.EPROTO, "migration_stream", hint=why)
+
+
+def body_crc(parts: Sequence[Any]) -> int:
+    """Return the CRC-32 of bytes-like parts, one after another."""
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def encode_header(header: Header) -> bytes:
+    """Return the 40 bytes of a header."""
+    packed = _HEADER.pack(MAGIC, VERSION, header.kind, header.block, header.flags, header.epoch, header.sequence,
+                          header.nruns, header.length, header.body_crc, 0)
+    return packed[:-4] + _CRC.pack(zlib.crc32(packed[:-4]))
+
+
+def decode_header(data: bytes | bytearray | memoryview) -> Header:
+    """Check 40 bytes by themselves: magic, version, checksum, kind, flags, sizes.
+
+    Raises
+    ------
+    ProtocolError
+        EPROTO: not a header of this version, or damaged.
+    """
+    magic, version, kind, block, flags, epoch, sequence, nruns, length, crc, header_crc = _HEADER.unpack(data)
+    if magic != MAGIC:
+        raise damaged(f"wrong magic {magic!r}: this is no migration stream, or it lost its place")
+    if version != VERSION:
+        raise damaged(f"the peer speaks version {version} of the stream, this side version {VERSION}")
+    if header_crc != zlib.crc32(data[:-4]):
+        raise damaged("a header's checksum is wrong: bytes changed on the way")
+    if kind not in Kind._value2member_map_:
+        raise damaged(f"there is no frame of kind {kind}")
+    kind = Kind(kind)
+    if length > LIMITS[kind]:
+        raise damaged(f"a body of {length} bytes is too long for {kind.name} (limit {LIMITS[kind]})")
+    if nruns > MAX_RUNS or nruns * RUN_SIZE > length:
+        raise damaged(f"{nruns} runs do not fit into the frame")
+    if kind not in (Kind.PAGES, Kind.ZEROS) and (nruns or block):
+        raise damaged(f"{kind.name} has no runs and no block")
+    if flags & ~(FINAL if kind is Kind.END else 0):
+        raise damaged(f"unknown flags {flags:#x} in {kind.name}")
+    return Header(kind, block, flags, epoch, sequence, nruns, length, crc)
+
+
+def encode_hello(hello: Hello) -> bytes:
+    """Return the body of HELLO."""
+    return _HELLO.pack(hello.pgsize, len(hello.blocks), hello.stream_id) + b"".join(
+        _BLOCK.pack(*block) for block in hello.blocks)
+
+
+def decode_hello(body: Any) -> Hello:
+    """Check and return the body of HELLO; ProtocolError where it can't be."""
+    if len(body) < _HELLO.size:
+        raise damaged("HELLO is too short")
+    pgsize, count, stream_id = _HELLO.unpack_from(body)
+    if pgsize < 512 or pgsize & (pgsize - 1) or pgsize > CHUNK_BYTES:
+        raise damaged(f"a page size of {pgsize} bytes")
+    if not 0 < count <= MAX_BLOCKS or len(body) != _HELLO.size + count * _BLOCK.size:
+        raise damaged(f"HELLO announces {count} blocks in {len(body)} bytes")
+    blocks = tuple(_BLOCK.iter_unpack(body[_HELLO.size:]))
+    end = 0
+    for gpa, size in blocks:
+        if not size or (gpa | size) % pgsize or gpa < end or gpa + size > 1 << 64:
+            raise damaged(f"a block of {size:#x} bytes at {gpa:#x}")
+        end = gpa + size
+    return Hello(pgsize, stream_id, blocks)
+
+
+def encode_totals(totals: Totals) -> bytes:
+    """Return the body of END or ACK."""
+    return _TOTALS.pack(*totals)
+
+
+def decode_totals(body: Any) -> Totals:
+    """Return the body of END or ACK."""
+    if len(body) != _TOTALS.size:
+        raise damaged(f"totals of {len(body)} bytes")
+    return Totals(*_TOTALS.unpack(body))
+
+
+def encode_state(name: str, data: bytes) -> bytes:
+    """Return the body of STATE."""
+    encoded = name.encode()
+    return struct.pack("<H", len(encoded)) + encoded + data
+
+
+def decode_state(body: Any) -> tuple[str, bytes]:
+    """Return name and bytes of STATE."""
+    if len(body) < 2 or len(body) < 2 + (length := struct.unpack_from("<H", body)[0]):
+        raise damaged("STATE is too short for its name")
+    try:
+        return bytes(body[2:2 + length]).decode(), bytes(body[2 + length:])
+    except UnicodeDecodeError:
+        raise damaged("the name of a STATE is not UTF-8") from None
+
+
+class FrameChannel:
+    """Numbered frames over a transport, both ways.
+
+    Parameters
+    ----------
+    transport : Transport
+        ``send(parts)`` and ``receive_into(view)``.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._sent = self._received = 0
+        self._body = bytearray(1 << 16)
+        self.bytes_sent = self.bytes_received = 0
+
+    def send(self, kind: Kind, *parts: Any, block: int = 0, flags: int = 0, epoch: int = 0, nruns: int = 0) -> None:
+        """Send a frame whose body is the parts (bytes-like, staged: nobody writes into them any more)."""
+        length = sum(memoryview(part).nbytes for part in parts)
+        header = encode_header(Header(kind, block, flags, epoch, self._sent, nruns, length, body_crc(parts)))
+        self._sent += 1
+        self._transport.send([header, *parts])
+        self.bytes_sent += HEADER_SIZE + length
+
+    def receive(self, *kinds: Kind) -> tuple[Header, memoryview]:
+        """Receive a frame of one of the kinds; the body is good until the next call.
+
+        Raises
+        ------
+        ProtocolError
+            EPROTO: damaged, out of order, or not of a kind that may come now.
+        """
+        data = bytearray(HEADER_SIZE)
+        self._transport.receive_into(memoryview(data))
+        header = decode_header(data)
+        if header.kind not in kinds:
+            raise damaged(f"{header.kind.name} came where only {' or '.join(kind.name for kind in kinds)} may")
+        if header.sequence != self._received:
+            raise damaged(f"frame {header.sequence} came, {self._received} was next: lost, repeated or out of order")
+        self._received += 1
+        if header.length > len(self._body):
+            self._body = bytearray(header.length)       # bounded: decode_header() checked it
+        body = memoryview(self._body)[:header.length]
+        self._transport.receive_into(body)
+        if body_crc([body]) != header.body_crc:
+            raise damaged(f"the checksum of frame {header.sequence} ({header.kind.name}) is wrong: "
+                          "bytes changed on the way")
+        self.bytes_received += HEADER_SIZE + header.length
+        return header, body

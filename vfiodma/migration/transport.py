@@ -1,0 +1,97 @@
+"""Byte transports: everything or an error, never a wait without an end."""
+import errno
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from .._core.errno import error
+from ..errors import MigrationError
+
+_MAX_PARTS = 512        # of one sendmsg(2); IOV_MAX is 1024
+
+
+class Transport(Protocol):
+    """What a stream needs to be carried."""
+
+    def send(self, parts: Sequence[Any]) -> None:
+        """Send all bytes of all parts, in order."""
+
+    def receive_into(self, view: memoryview) -> None:
+        """Fill the view."""
+
+    def close(self) -> None:
+        """Give the connection up; idempotent."""
+
+
+class SocketTransport:
+    """A connected stream socket (UNIX or TCP).
+
+    Parameters
+    ----------
+    sock : socket.socket
+        Owned, and closed with this object.
+    timeout : float
+        Seconds that one part of a frame may take before the peer counts as lost.
+
+    Notes
+    -----
+    A lost or silent peer is MigrationError (with the errno of the socket, or ETIMEDOUT); a stream that ends too early
+    is ProtocolError.  The GIL is released while waiting and copying.
+    """
+
+    def __init__(self, sock: socket.socket, timeout: float = 30.0) -> None:
+        if timeout <= 0:
+            raise error(errno.EINVAL, "transport", hint="timeout is a positive number of seconds")
+        self._sock = sock
+        self.timeout = timeout
+
+    def _arm(self, deadline: float, doing: str) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise MigrationError(errno.ETIMEDOUT, operation=doing,
+                                 hint=f"the peer did not move for {self.timeout:g} s")
+        self._sock.settimeout(left)
+
+    def send(self, parts: Sequence[Any]) -> None:
+        """Send all bytes of all parts."""
+        views = [view for view in (memoryview(part).cast("B") for part in parts if memoryview(part).nbytes)]
+        deadline = time.monotonic() + self.timeout
+        try:
+            while views:
+                self._arm(deadline, "send")
+                sent = self._sock.sendmsg(views[:_MAX_PARTS])
+                while views and sent >= len(views[0]):
+                    sent -= len(views.pop(0))
+                if sent:
+                    views[0] = views[0][sent:]
+        except OSError as exc:
+            raise self._lost(exc, "send") from None
+
+    def receive_into(self, view: memoryview) -> None:
+        """Fill the view."""
+        view = view.cast("B")
+        deadline = time.monotonic() + self.timeout
+        at = 0
+        try:
+            while at < len(view):
+                self._arm(deadline, "receive")
+                got = self._sock.recv_into(view[at:])
+                if not got:
+                    raise error(errno.EPROTO, "receive",
+                                hint=f"the stream ended {len(view) - at} bytes too early: the peer is gone")
+                at += got
+        except OSError as exc:
+            raise self._lost(exc, "receive") from None
+
+    def _lost(self, exc: OSError, doing: str) -> OSError:
+        if hasattr(exc, "operation"):       # ours already
+            return exc
+        if isinstance(exc, TimeoutError):
+            return MigrationError(errno.ETIMEDOUT, operation=doing,
+                                  hint=f"the peer did not move for {self.timeout:g} s")
+        return MigrationError(exc.errno or errno.EPIPE, operation=doing, hint="the connection to the peer is lost")
+
+    def close(self) -> None:
+        """Close the socket; idempotent."""
+        self._sock.close()
