@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,6 +12,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "usercopy.h"
@@ -106,29 +108,33 @@ struct alias {
     size_t refs;
 };
 
-/* Can this file never shrink under a mapping?  Only a descriptor of it that is open here can tell. */
-static bool cannot_shrink(const vma *area)
+/* A descriptor of the file that is open here, or -1. */
+static int descriptor_of(const vma *area)
 {
-    bool sealed = false;
+    int found = -1;
     DIR *folder = opendir("/proc/self/fd");
     struct dirent *entry;
-    while (folder && (entry = readdir(folder))) {
+    while (folder && found < 0 && (entry = readdir(folder))) {
         struct stat info;
         int fd = atoi(entry->d_name);
-        if (entry->d_name[0] == '.' || fstat(fd, &info) || info.st_dev != area->dev || info.st_ino != area->inode)
-            continue;
-        int seals = fcntl(fd, F_GET_SEALS);
-        sealed = seals >= 0 && (seals & SEAL_SHRINK);
-        break;
+        if (entry->d_name[0] != '.' && !fstat(fd, &info) && info.st_dev == area->dev && info.st_ino == area->inode)
+            found = fd;
     }
     if (folder)
         closedir(folder);
-    return sealed;
+    return found;
 }
 
-/* Do shared pages of this file need write-back?  Those of memory-backed filesystems do not; memfd and shared anonymous
- * memory live on mounts that are not listed. */
-static bool needs_writeback(const vma *area)
+/* Only a descriptor can tell that a file never shrinks under a mapping. */
+static bool cannot_shrink(int fd)
+{
+    int seals = fd < 0 ? -1 : fcntl(fd, F_GET_SEALS);
+    return seals >= 0 && seals & SEAL_SHRINK;
+}
+
+/* Without a descriptor, the mount table tells the kind of a device's filesystem; memfd and shared anonymous memory live
+ * on mounts that are not listed. */
+static bool listed_with_writeback(dev_t dev)
 {
     FILE *mounts = fopen("/proc/self/mountinfo", "re");
     char line[4096], type[64];
@@ -137,7 +143,7 @@ static bool needs_writeback(const vma *area)
         unsigned major_number, minor_number;
         char *tail = strstr(line, " - ");
         if (!tail || sscanf(line, "%*d %*d %u:%u", &major_number, &minor_number) != 2 ||
-            makedev(major_number, minor_number) != area->dev || sscanf(tail, " - %63s", type) != 1)
+            makedev(major_number, minor_number) != dev || sscanf(tail, " - %63s", type) != 1)
             continue;
         needs = strcmp(type, "tmpfs") && strcmp(type, "devtmpfs") && strcmp(type, "hugetlbfs") && strcmp(type, "ramfs");
         break;
@@ -145,6 +151,16 @@ static bool needs_writeback(const vma *area)
     if (mounts)
         fclose(mounts);
     return needs;
+}
+
+/* Do shared pages of this file need write-back?  Those of memory-backed filesystems do not. */
+static bool needs_writeback(const vma *area, int fd)
+{
+    struct statfs info;
+    if (!area->inode || fd < 0 || fstatfs(fd, &info))
+        return area->inode && listed_with_writeback(area->dev);
+    unsigned long kind = (unsigned long)info.f_type & 0xffffffff;
+    return kind != TMPFS_MAGIC && kind != HUGETLBFS_MAGIC && kind != RAMFS_MAGIC;
 }
 
 static struct alias *alias_make(const vma *area)
@@ -161,8 +177,9 @@ static struct alias *alias_make(const vma *area)
     }
     madvise(address, size, MADV_DONTFORK);
     bool writable = !mprotect(address, size, PROT_READ | PROT_WRITE);
+    int fd = descriptor_of(area);
     *a = (struct alias){.dev = area->dev, .inode = area->inode, .offset = area->offset, .size = size, .address = address,
-                        .direct = cannot_shrink(area), .writable = writable, .writeback = needs_writeback(area)};
+                        .direct = cannot_shrink(fd), .writable = writable, .writeback = needs_writeback(area, fd)};
     return a;
 }
 
