@@ -201,32 +201,6 @@ static const struct bitmap_kernels avx2 = {
 
 /* ---- AVX-512 ---- */
 
-AVX512 static void avx512_or(uint64_t *dst, const uint64_t *src, uint64_t n)
-{
-    uint64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        __m512i a = _mm512_or_si512(_mm512_loadu_si512(dst + i), _mm512_loadu_si512(src + i));
-        __m512i b = _mm512_or_si512(_mm512_loadu_si512(dst + i + 8), _mm512_loadu_si512(src + i + 8));
-        _mm512_storeu_si512(dst + i, a);
-        _mm512_storeu_si512(dst + i + 8, b);
-    }
-    for (; i < n; i++)
-        dst[i] |= src[i];
-}
-
-AVX512 static void avx512_andnot(uint64_t *dst, const uint64_t *src, uint64_t n)
-{
-    uint64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        __m512i a = _mm512_andnot_si512(_mm512_loadu_si512(src + i), _mm512_loadu_si512(dst + i));
-        __m512i b = _mm512_andnot_si512(_mm512_loadu_si512(src + i + 8), _mm512_loadu_si512(dst + i + 8));
-        _mm512_storeu_si512(dst + i, a);
-        _mm512_storeu_si512(dst + i + 8, b);
-    }
-    for (; i < n; i++)
-        dst[i] &= ~src[i];
-}
-
 AVX512 static uint64_t avx512_count(const uint64_t *words, uint64_t n)
 {
     __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
@@ -397,8 +371,9 @@ AVX512 static void avx512_expand(uint64_t *dst, const uint64_t *src, uint64_t n,
     }
 }
 
+/* Or and andnot wait for memory: wider registers gain nothing. */
 static const struct bitmap_kernels avx512 = {
-    "avx512", avx512_or, avx512_andnot, avx512_count, avx512_count_starts, avx512_harvest, avx512_extract, avx512_compact,
+    "avx512", avx2_or, avx2_andnot, avx512_count, avx512_count_starts, avx512_harvest, avx512_extract, avx512_compact,
     avx512_expand,
 };
 

@@ -28,6 +28,7 @@
 #if defined(__linux__) && __has_include(<linux/membarrier.h>)
 #include <linux/membarrier.h>
 #include <sys/syscall.h>
+#define HAVE_MEMBARRIER 1
 #endif
 
 #define LINE_WORDS 8
@@ -67,12 +68,6 @@ struct dirtylog {
 /* ---- writers ---- */
 
 static struct registry registry = {.once = PTHREAD_ONCE_INIT};
-
-#ifdef MEMBARRIER_CMD_PRIVATE_EXPEDITED_FLAG_CPU
-#define HAVE_MEMBARRIER 1
-#elif defined(SYS_membarrier)
-#define HAVE_MEMBARRIER 1
-#endif
 
 static bool barrier_register(void)
 {

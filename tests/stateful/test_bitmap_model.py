@@ -20,7 +20,8 @@ class BitmapMachine(RuleBasedStateMachine):
         self.npages = npages
         self.around = DirtyBitmap(before * 64 + npages + 70)
         self.around.set(0, self.around.npages)
-        self.bitmaps = [DirtyBitmap(npages), DirtyBitmap.frombuffer(bytearray(b"\xff") * ((npages + 63) // 64 * 8), npages),
+        full = bytearray(b"\xff") * ((npages + 63) // 64 * 8)
+        self.bitmaps = [DirtyBitmap(npages), DirtyBitmap.frombuffer(full, npages),
                         self.around[before * 64:before * 64 + npages]]
         self.models = [set(), set(range(npages)), set(range(npages))]
         self.outside = {*range(before * 64), *range(before * 64 + npages, self.around.npages)}
