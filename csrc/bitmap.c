@@ -74,7 +74,16 @@ static uint64_t scalar_harvest(uint64_t *dst, unsigned shift, uint64_t *src, uin
     return total;
 }
 
-static size_t scalar_extract(const uint64_t *words, size_t n, uint64_t base, uint64_t *out, size_t room, uint64_t *carry)
+static uint64_t scalar_harvest_lines(uint64_t *dst, unsigned shift, uint64_t *src, const uint64_t *lines, size_t n)
+{
+    uint64_t total = 0;
+    for (size_t i = 0; i < n; i++)
+        total += scalar_harvest(dst + 8 * lines[i], shift, src + 8 * lines[i], 8);
+    return total;
+}
+
+static size_t scalar_extract(const uint64_t *words, size_t n, uint64_t base, uint64_t *out, size_t room,
+                             uint64_t *carry)
 {
     size_t found = 0;
     uint64_t before = carry ? *carry : 0;
@@ -143,8 +152,8 @@ static void scalar_expand(uint64_t *dst, const uint64_t *src, uint64_t n, unsign
 }
 
 const struct bitmap_kernels bitmap_scalar = {
-    "scalar", scalar_or, scalar_andnot, scalar_count, scalar_count_starts, scalar_harvest, scalar_extract,
-    scalar_compact, scalar_expand,
+    "scalar", scalar_or, scalar_andnot, scalar_count, scalar_count_starts, scalar_harvest,
+    scalar_harvest_lines, scalar_extract, scalar_compact, scalar_expand,
 };
 
 /* ---- choice of the variant ---- */
@@ -308,6 +317,11 @@ uint64_t bitmap_harvest_at(uint64_t *dst, uint64_t dst_bit, uint64_t *src, uint6
         src++;
     }
     return total + bitmap_harvest(dst, dst_bit + head, src, nbits - head);
+}
+
+uint64_t bitmap_harvest_lines(uint64_t *dst, uint64_t dst_bit, uint64_t *src, const uint64_t *lines, size_t n)
+{
+    return kernels->harvest_lines(dst + dst_bit / 64, dst_bit % 64, src, lines, n);
 }
 
 /* Copy the first nbits of src into dst, which has `nwords` words, and clear the rest of dst. */

@@ -18,6 +18,8 @@ struct bitmap_kernels {
     uint64_t (*count_starts)(const uint64_t *words, uint64_t n, uint64_t *carry);
     /* dst |= src << shift (0..63; dst has one word more when shift is not 0), src = 0; the number of bits. */
     uint64_t (*harvest)(uint64_t *dst, unsigned shift, uint64_t *src, uint64_t n);
+    /* The same for single lines of 8 words, at the same distance in dst as in src. */
+    uint64_t (*harvest_lines)(uint64_t *dst, unsigned shift, uint64_t *src, const uint64_t *lines, size_t n);
     /*
      * Write base + i for each set bit i, at most `room` of them, and return how many were written.  With `carry` the
      * places where the bits change (from *carry before words[0]) in place of the set bits.  n <= BITMAP_BLOCK.

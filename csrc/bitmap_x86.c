@@ -1,10 +1,10 @@
 /*
- * AVX2 and AVX-512 (VBMI2, VPOPCNTDQ) kernels of the bitmap.  Functions are compiled for their CPU one by one, so that the
- * rest of the library runs on any x86-64.
+ * AVX2 and AVX-512 (VBMI2, VPOPCNTDQ) kernels of the bitmap.  Functions are compiled for their CPU one by one, so that
+ * the rest of the library runs on any x86-64.
  *
- * Taking out indices has two phases, both without a branch on the data: a block's non-zero words are pressed together into
- * the first-level cache, and then each word's bit numbers.  Most words of a sparse bitmap never reach the second phase, and
- * those that do mostly have at most eight bits, which is one store.
+ * Taking out indices has two phases, both without a branch on the data: a block's non-zero words are pressed together
+ * into the first-level cache, and then each word's bit numbers.  Most words of a sparse bitmap never reach the second
+ * phase, and those that do mostly have at most eight bits, which is one store.
  */
 #include "bitmap_kernels.h"
 
@@ -123,8 +123,17 @@ AVX2 static uint64_t avx2_harvest(uint64_t *dst, unsigned shift, uint64_t *src, 
     return i < n ? sum + bitmap_scalar.harvest(dst + i, shift, src + i, n - i) : sum;
 }
 
+AVX2 static uint64_t avx2_harvest_lines(uint64_t *dst, unsigned shift, uint64_t *src, const uint64_t *lines, size_t n)
+{
+    uint64_t total = 0;
+    for (size_t i = 0; i < n; i++)
+        total += avx2_harvest(dst + 8 * lines[i], shift, src + 8 * lines[i], 8);
+    return total;
+}
+
 /* Scalar, but with the instructions that baseline x86-64 lacks, and a skip over clean stretches. */
-AVX2 static size_t avx2_extract(const uint64_t *words, size_t n, uint64_t base, uint64_t *out, size_t room, uint64_t *carry)
+AVX2 static size_t avx2_extract(const uint64_t *words, size_t n, uint64_t base, uint64_t *out, size_t room,
+                                uint64_t *carry)
 {
     size_t found = 0;
     uint64_t before = carry ? *carry : 0;
@@ -196,7 +205,8 @@ AVX2 static void avx2_expand(uint64_t *dst, const uint64_t *src, uint64_t n, uns
 }
 
 static const struct bitmap_kernels avx2 = {
-    "avx2", avx2_or, avx2_andnot, avx2_count, avx2_count_starts, avx2_harvest, avx2_extract, avx2_compact, avx2_expand,
+    "avx2", avx2_or, avx2_andnot, avx2_count, avx2_count_starts, avx2_harvest, avx2_harvest_lines, avx2_extract,
+    avx2_compact, avx2_expand,
 };
 
 /* ---- AVX-512 ---- */
@@ -245,30 +255,48 @@ AVX512 static uint64_t avx512_count_starts(const uint64_t *words, uint64_t n, ui
     return (uint64_t)_mm512_reduce_add_epi64(total);
 }
 
+/* dst |= v << shift but for what spills over after the last word; `before` is the vector of words before v. */
+AVX512 static inline void or_shifted(uint64_t *dst, __m512i v, __m512i before, __m512i shift)
+{
+    __m512i moved = _mm512_shldv_epi64(v, _mm512_alignr_epi64(v, before, 7), shift);
+    _mm512_storeu_si512(dst, _mm512_or_si512(moved, _mm512_loadu_si512(dst)));
+}
+
 AVX512 static uint64_t avx512_harvest(uint64_t *dst, unsigned shift, uint64_t *src, uint64_t n)
 {
     const __m512i by = _mm512_set1_epi64(shift), zero = _mm512_setzero_si512();
     __m512i before = zero, total = zero;
     uint64_t i = 0;
-    for (; i < n; i += 8) {
-        __mmask8 rest = n - i < 8 ? (__mmask8)((1u << (n - i)) - 1) : 0xff;
-        __m512i v = _mm512_maskz_loadu_epi64(rest, src + i), either = _mm512_or_si512(v, before);
+    for (; i + 8 <= n; i += 8) {
+        __m512i v = _mm512_loadu_si512(src + i), either = _mm512_or_si512(v, before);
         /* A clean stretch costs one load and no store; `before` still has the bits that spill over into it. */
         if (!_mm512_test_epi64_mask(either, either))
             continue;
-        __m512i moved = _mm512_shldv_epi64(v, _mm512_alignr_epi64(v, before, 7), by);
-        moved = _mm512_or_si512(moved, _mm512_maskz_loadu_epi64(rest, dst + i));
-        _mm512_mask_storeu_epi64(dst + i, rest, moved);
-        _mm512_mask_storeu_epi64(src + i, rest, zero);
+        or_shifted(dst + i, v, before, by);
+        _mm512_storeu_si512(src + i, zero);
         total = _mm512_add_epi64(total, _mm512_popcnt_epi64(v));
         before = v;
     }
-    if (shift && n) {
-        /* The last word spills over into the one after it. */
-        uint64_t last[8];
-        _mm512_storeu_si512(last, before);
-        if (last[(n - 1) % 8] >> (64 - shift))
-            dst[n] |= last[(n - 1) % 8] >> (64 - shift);
+    uint64_t last = (uint64_t)_mm_extract_epi64(_mm512_extracti64x2_epi64(before, 3), 1);
+    uint64_t sum = (uint64_t)_mm512_reduce_add_epi64(total);
+    if (shift && last >> (64 - shift))
+        dst[i] |= last >> (64 - shift);
+    return i < n ? sum + bitmap_scalar.harvest(dst + i, shift, src + i, n - i) : sum;
+}
+
+AVX512 static uint64_t avx512_harvest_lines(uint64_t *dst, unsigned shift, uint64_t *src, const uint64_t *lines,
+                                            size_t n)
+{
+    const __m512i by = _mm512_set1_epi64(shift), zero = _mm512_setzero_si512();
+    __m512i total = zero;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t *from = src + 8 * lines[i], *to = dst + 8 * lines[i], last = from[7];
+        __m512i v = _mm512_loadu_si512(from);
+        or_shifted(to, v, zero, by);
+        _mm512_storeu_si512(from, zero);
+        total = _mm512_add_epi64(total, _mm512_popcnt_epi64(v));
+        if (shift && last >> (64 - shift))
+            to[8] |= last >> (64 - shift);
     }
     return (uint64_t)_mm512_reduce_add_epi64(total);
 }
@@ -277,9 +305,9 @@ AVX512 static uint64_t avx512_harvest(uint64_t *dst, unsigned shift, uint64_t *s
 AVX512 static inline size_t take_word(uint64_t w, uint64_t base, uint64_t *out, size_t room)
 {
     const __m512i numbers = _mm512_set_epi8(
-        63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 35, 34,
-        33, 32, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2,
-        1, 0);
+        63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36,
+        35, 34, 33, 32, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7,
+        6, 5, 4, 3, 2, 1, 0);
     size_t count = (size_t)_mm_popcnt_u64(w);
     __m512i bits = _mm512_maskz_compress_epi8(w, numbers), from = _mm512_set1_epi64((long long)base);
     __m128i low = _mm512_castsi512_si128(bits);
@@ -305,11 +333,13 @@ AVX512 static inline size_t take_word(uint64_t w, uint64_t base, uint64_t *out, 
     return count;
 }
 
-AVX512 static size_t avx512_extract(const uint64_t *words, size_t n, uint64_t base, uint64_t *out, size_t room, uint64_t *carry)
+AVX512 static size_t avx512_extract(const uint64_t *words, size_t n, uint64_t base, uint64_t *out, size_t room,
+                                    uint64_t *carry)
 {
     uint64_t dirty[BITMAP_BLOCK + 8], bases[BITMAP_BLOCK + 8];
     __m512i before = carry_vector(carry ? *carry : 0);
-    __m512i at = _mm512_add_epi64(_mm512_set1_epi64((long long)base), _mm512_set_epi64(448, 384, 320, 256, 192, 128, 64, 0));
+    __m512i at = _mm512_add_epi64(_mm512_set1_epi64((long long)base),
+                                  _mm512_set_epi64(448, 384, 320, 256, 192, 128, 64, 0));
     const __m512i stride = _mm512_set1_epi64(512);
     size_t ndirty = 0, found = 0;
     for (size_t i = 0; i < n; i += 8, at = _mm512_add_epi64(at, stride)) {
@@ -341,7 +371,8 @@ AVX512 static void avx512_compact(uint64_t *dst, const uint64_t *src, uint64_t n
         avx2_compact(dst, src, n, shift);
         return;
     }
-    unsigned vectors = 1u << (shift - 3), width = 64u >> (shift - 3);   /* a word of dst: how many loads, bits of each */
+    /* A word of dst: how many loads, and the bits of each. */
+    unsigned vectors = 1u << (shift - 3), width = 64u >> (shift - 3);
     for (uint64_t i = 0; i < n; i++) {
         uint64_t out = 0;
         for (unsigned k = 0; k < vectors; k++, src += 8) {
@@ -373,8 +404,8 @@ AVX512 static void avx512_expand(uint64_t *dst, const uint64_t *src, uint64_t n,
 
 /* Or and andnot wait for memory: wider registers gain nothing. */
 static const struct bitmap_kernels avx512 = {
-    "avx512", avx2_or, avx2_andnot, avx512_count, avx512_count_starts, avx512_harvest, avx512_extract, avx512_compact,
-    avx512_expand,
+    "avx512", avx2_or, avx2_andnot, avx512_count, avx512_count_starts, avx512_harvest,
+    avx512_harvest_lines, avx512_extract, avx512_compact, avx512_expand,
 };
 
 /* __builtin_cpu_supports also asks the operating system whether it saves the registers. */

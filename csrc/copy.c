@@ -1,7 +1,8 @@
 /*
- * Copying pages.  memcpy of a page never bypasses the cache, so a large linear destination is first read into it: half of the
- * bandwidth.  Streaming stores avoid that, but lose when the destination is a small buffer that is used again and again.
- * No software prefetch: asking for whole pages ahead saturates the fill buffers and halves the speed.
+ * Copying pages.  memcpy of a page never bypasses the cache, so a large linear destination is first read into it: half
+ * of the bandwidth.  Streaming stores avoid that, but lose when the destination is a small buffer that is used again
+ * and again.  A few lines of the next run are asked for ahead, until the hardware sees where it goes; asking for whole
+ * pages would saturate the fill buffers and halve the speed.
  */
 #include "copy.h"
 
@@ -12,8 +13,9 @@
 #include <emmintrin.h>
 #endif
 
-/* Destinations larger than this are taken for cold: twice a second-level cache of 2 MiB. */
-#define STREAM_FROM (UINT64_C(4) << 20)
+/* Destinations from this size on are taken for cold; measured, the two ways cross at about 13 MiB. */
+#define STREAM_FROM (UINT64_C(16) << 20)
+#define AHEAD 512
 /* From this size on memcpy knows better (it streams by itself, and has the page-crossing loop for it). */
 #define STREAM_UP_TO (UINT64_C(256) << 10)
 
@@ -40,8 +42,10 @@ static void copy_run(char *dst, const char *src, uint64_t size, bool stream)
 #ifdef __SSE2__
     if (stream && size <= STREAM_UP_TO && !((uintptr_t)dst % 16) && !(size % 64)) {
         for (uint64_t i = 0; i < size; i += 64) {
-            __m128i a = _mm_loadu_si128((const __m128i *)(src + i)), b = _mm_loadu_si128((const __m128i *)(src + i + 16));
-            __m128i c = _mm_loadu_si128((const __m128i *)(src + i + 32)), d = _mm_loadu_si128((const __m128i *)(src + i + 48));
+            __m128i a = _mm_loadu_si128((const __m128i *)(src + i));
+            __m128i b = _mm_loadu_si128((const __m128i *)(src + i + 16));
+            __m128i c = _mm_loadu_si128((const __m128i *)(src + i + 32));
+            __m128i d = _mm_loadu_si128((const __m128i *)(src + i + 48));
             _mm_stream_si128((__m128i *)(dst + i), a);
             _mm_stream_si128((__m128i *)(dst + i + 16), b);
             _mm_stream_si128((__m128i *)(dst + i + 32), c);
@@ -73,6 +77,9 @@ uint64_t copy_gather(void *linear, uint64_t room, const void *base, uint64_t npa
         uint64_t first = *(const volatile uint64_t *)&runs[2 * i], count = *(const volatile uint64_t *)&runs[2 * i + 1];
         if (first >= npages || count > npages - first || count > room - done)
             break;
+        if (i + 1 < n && runs[2 * i + 2] < npages)
+            for (unsigned at = 0; at < AHEAD; at += 64)
+                __builtin_prefetch((const char *)base + runs[2 * i + 2] * pgsize + at);
         copy_run((char *)linear + done * pgsize, (const char *)base + first * pgsize, count * pgsize, stream);
         done += count;
     }

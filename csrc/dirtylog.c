@@ -1,12 +1,12 @@
 /*
- * Two buffers: writers mark in the active one, and a harvest makes the other one active, waits until every writer has left
- * the old one, and then empties it with plain SIMD.  A third buffer keeps what a harvest of a sub-range had no use for.
- * Each buffer has a summary: one bit per line of 64 bytes, set after a bit of that line.
+ * Two buffers: writers mark in the active one, and a harvest makes the other one active, waits until every writer has
+ * left the old one, and then empties it with plain SIMD.  A third buffer keeps what a harvest of a sub-range had no
+ * use for.  Each buffer has a summary: one bit per line of 64 bytes, set after a bit of that line.
  *
- * Leaving.  Each thread that marks has a record with a sequence number, odd while it is inside a buffer.  Entering is: make it
- * odd, load `active`.  Harvesting is: store `active`, read the numbers.  One of both must see the other, so a full barrier
- * belongs between the two steps on each side.  Marks are frequent and harvests rare, so membarrier(2) makes the harvester
- * pay for both; where the kernel has no membarrier, writers use sequentially consistent operations.
+ * Leaving.  Each thread that marks has a record with a sequence number, odd while it is inside a buffer.  Entering is:
+ * make it odd, load `active`.  Harvesting is: store `active`, read the numbers.  One of both must see the other, so a
+ * full barrier belongs between the two steps on each side.  Marks are frequent and harvests rare, so membarrier(2)
+ * makes the harvester pay for both; where the kernel has no membarrier, writers use sequentially consistent operations.
  *
  * Records belong to threads, not to logs, and are never freed, only reused: there are as many as threads ever ran at
  * once.  They are found by a pthread key and not by thread-local storage because this file may be linked into several
@@ -33,6 +33,11 @@
 
 #define LINE_WORDS 8
 #define LINE_BITS (64 * LINE_WORDS)
+#define HUGE (UINT64_C(2) << 20)
+/* Dirty lines that are gathered before they are harvested. */
+#define BATCH 64
+/* Words of summary that are looked at together. */
+#define SKIP 16
 /* Words of one visit to a buffer, so that a harvest never waits long. */
 #define VISIT_WORDS 16384
 
@@ -193,8 +198,8 @@ static void set_range(_Atomic uint64_t *words, uint64_t first, uint64_t last)
 }
 
 /*
- * The summary bit may be left alone when the word had its bits already: whoever set them sets it before leaving this buffer,
- * and a harvest waits for that.
+ * The summary bit may be left alone when the word had its bits already: whoever set them sets it before leaving this
+ * buffer, and a harvest waits for that.
  */
 static void mark_in(struct buffer *buffer, uint64_t first, uint64_t last)
 {
@@ -266,45 +271,81 @@ static struct buffer *flip(dirtylog *log)
     return old;
 }
 
-/*
- * Harvest [first, first + nbits) of a buffer that nobody is in.  Runs of dirty lines go to the kernel as one piece.  With
- * `summary` the lines are noted there too: dst is then a buffer's words.
- */
-static uint64_t drain(struct buffer *buffer, uint64_t first, uint64_t nbits, uint64_t *dst, uint64_t dst_bit,
-                      uint64_t *summary)
+/* Where a harvest of a buffer that nobody is in goes to: bit `first` of the buffer becomes bit `bit` of `words`. */
+struct target {
+    uint64_t *words, first, bit;
+    uint64_t *summary;      /* of `words`, where they are a buffer's */
+};
+
+/* The bits [from, last] of one line, of which it may have others. */
+static uint64_t drain_part(struct buffer *buffer, uint64_t from, uint64_t last, const struct target *to)
 {
-    uint64_t *words = (uint64_t *)buffer->words, *lines = (uint64_t *)buffer->summary;
-    uint64_t last = first + (nbits - 1), line = first / LINE_BITS, last_line = last / LINE_BITS, total = 0;
-    while (line <= last_line) {
-        uint64_t pending = lines[line / 64] >> line % 64;
-        if (!pending) {
-            line = (line / 64 + 1) * 64;
-            while (line + 64 <= last_line && !lines[line / 64])
-                line += 64;
+    uint64_t *words = (uint64_t *)buffer->words, *summary = (uint64_t *)buffer->summary, line = from / LINE_BITS;
+    if (!bitmap_test(summary, line))
+        return 0;
+    uint64_t total = bitmap_harvest_at(to->words, to->bit + (from - to->first), words, from, last - from + 1);
+    if (!bitmap_any(words + line * LINE_WORDS, LINE_WORDS))
+        bitmap_clear(summary, line, 1);
+    if (to->summary && total)
+        bitmap_set(to->summary, line, 1);
+    return total;
+}
+
+/*
+ * The whole lines [line, end).  Lines far from one another are gathered before they are touched, so that their cache
+ * misses overlap; long runs go to the kernel in one piece.
+ */
+static uint64_t drain_lines(struct buffer *buffer, uint64_t line, uint64_t end, const struct target *to)
+{
+    uint64_t *words = (uint64_t *)buffer->words, *summary = (uint64_t *)buffer->summary, total = 0;
+    uint64_t base = line, bit = to->bit + (line * LINE_BITS - to->first), batch[2 * BATCH];
+    size_t n = 0;
+    for (uint64_t w = line / 64; line < end; w++, line = w * 64) {
+        while (line + SKIP * 64 <= end && !bitmap_any(summary + w, SKIP)) {
+            w += SKIP;
+            line = w * 64;
+        }
+        if (line >= end)
+            break;
+        uint64_t mask = ~UINT64_C(0) << line % 64;
+        if (end - w * 64 < 64)
+            mask &= (UINT64_C(1) << end % 64) - 1;
+        uint64_t dirty = summary[w] & mask;
+        if (!dirty)
+            continue;
+        summary[w] ^= dirty;
+        if (to->summary)
+            to->summary[w] |= dirty;
+        if (!~dirty) {
+            total += bitmap_harvest(to->words, to->bit + (line * LINE_BITS - to->first), words + line * LINE_WORDS,
+                                    64 * LINE_BITS);
             continue;
         }
-        line += (unsigned)__builtin_ctzll(pending);
-        if (line > last_line)
-            break;
-        uint64_t end = line + 1;
-        while (end <= last_line && lines[end / 64] >> end % 64 & 1)
-            end += end % 64 || end + 64 > last_line || ~lines[end / 64] ? 1 : 64;
-        uint64_t from = line * LINE_BITS, to = end * LINE_BITS - 1;
-        if (from < first)
-            from = first;
-        if (to > last)
-            to = last;
-        total += bitmap_harvest_at(dst, dst_bit + (from - first), words, from, to - from + 1);
-        if (summary)
-            bitmap_set(summary, line, end - line);
-        bitmap_clear(lines, line, end - line);
-        /* Lines that the range cuts through may keep bits outside it. */
-        if (bitmap_any(words + line * LINE_WORDS, LINE_WORDS))
-            bitmap_set(lines, line, 1);
-        if (bitmap_any(words + (end - 1) * LINE_WORDS, LINE_WORDS))
-            bitmap_set(lines, end - 1, 1);
-        line = end;
+        for (; dirty; dirty &= dirty - 1) {
+            uint64_t next = w * 64 + (unsigned)__builtin_ctzll(dirty) - base;
+            __builtin_prefetch(words + (base + next) * LINE_WORDS, 1);
+            __builtin_prefetch(to->words + bit / 64 + next * LINE_WORDS, 1);
+            batch[n++] = next;
+        }
+        if (n >= BATCH) {
+            total += bitmap_harvest_lines(to->words, bit, words + base * LINE_WORDS, batch, n);
+            n = 0;
+        }
     }
+    return total + bitmap_harvest_lines(to->words, bit, words + base * LINE_WORDS, batch, n);
+}
+
+static uint64_t drain(struct buffer *buffer, uint64_t nbits, const struct target *to)
+{
+    uint64_t first = to->first, stop = first + nbits, line = first / LINE_BITS, end = stop / LINE_BITS, total = 0;
+    if (first % LINE_BITS) {
+        line++;
+        total += drain_part(buffer, first, (line * LINE_BITS < stop ? line * LINE_BITS : stop) - 1, to);
+    }
+    if (line < end)
+        total += drain_lines(buffer, line, end, to);
+    if (line <= end && stop % LINE_BITS)
+        total += drain_part(buffer, end * LINE_BITS, stop - 1, to);
     return total;
 }
 
@@ -312,16 +353,18 @@ uint64_t dirtylog_harvest(dirtylog *log, uint64_t first, uint64_t nbits, uint64_
 {
     uint64_t total;
     bool whole = first == 0 && nbits == log->nbits;
+    struct target to = {dst, first, dst_bit, NULL};
     if (!nbits)
         return 0;
     pthread_mutex_lock(&log->harvesting);
     struct buffer *old = flip(log);
     if (whole && !log->keeps) {
-        total = drain(old, 0, nbits, dst, dst_bit, NULL);
+        total = drain(old, nbits, &to);
     } else {
         /* A page that is marked in both buffers counts once, so they come together before the range is taken out. */
-        drain(old, 0, log->nbits, (uint64_t *)log->kept.words, 0, (uint64_t *)log->kept.summary);
-        total = drain(&log->kept, first, nbits, dst, dst_bit, NULL);
+        struct target kept = {(uint64_t *)log->kept.words, 0, 0, (uint64_t *)log->kept.summary};
+        drain(old, log->nbits, &kept);
+        total = drain(&log->kept, nbits, &to);
         log->keeps = !whole;
     }
     pthread_mutex_unlock(&log->harvesting);
@@ -352,6 +395,11 @@ dirtylog *dirtylog_new(uint64_t nbits)
         free(log);
         return NULL;
     }
+#ifdef MADV_HUGEPAGE
+    /* Dirty lines are far from one another: with small pages each would be a TLB miss as well. */
+    if (words * 8 >= HUGE)
+        madvise(log->memory, log->size, MADV_HUGEPAGE);
+#endif
     struct buffer *buffers[3] = {log->buffers, log->buffers + 1, &log->kept};
     _Atomic uint64_t *at = log->memory;
     for (unsigned i = 0; i < 3; i++) {

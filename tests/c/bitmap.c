@@ -7,7 +7,8 @@
 
 #define WORDS 2100
 #define BITS (WORDS * 64)
-#define CHECK(what) ((what) ? (void)passed++ : (void)(failed++, printf("%s %s:%d: %s\n", bitmap_cpu(), __FILE__, __LINE__, #what)))
+#define CHECK(what) ((what) ? (void)passed++ : \
+                     (void)(failed++, printf("%s %s:%d: %s\n", bitmap_cpu(), __FILE__, __LINE__, #what)))
 
 static unsigned passed, failed;
 static uint64_t state;

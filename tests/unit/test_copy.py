@@ -38,16 +38,18 @@ def test_gather_is_indexing_by_page_and_scatter_its_reverse(pairs, seed, by_addr
 
 @pytest.mark.parametrize("skew", [0, 1, 16])
 def test_large_copies_that_bypass_the_cache_are_exact(skew):
-    memory = RNG.integers(0, 256, (2000, 4096), np.uint8)
-    dirty = DirtyBitmap(2000)
-    for page in RNG.permutation(2000)[:1500].tolist():
+    npages, ndirty = 6000, 5000
+    memory = RNG.integers(0, 256, (npages, 4096), np.uint8)
+    dirty = DirtyBitmap(npages)
+    for page in RNG.permutation(npages)[:ndirty].tolist():
         dirty.set(page)
-    room = np.zeros(1500 * 4096 + skew, np.uint8)
-    assert gather(memory, dirty.runs(), room[skew:]) == 1500 * 4096
-    assert (room[skew:].reshape(-1, 4096) == memory[dirty.indices().astype(int)]).all()
+    pages = dirty.indices().astype(int)
+    room = np.zeros(ndirty * 4096 + skew, np.uint8)
+    assert gather(memory, dirty.runs(), room[skew:]) == ndirty * 4096
+    assert (room[skew:].reshape(-1, 4096) == memory[pages]).all()
     back = np.zeros_like(memory)
-    assert scatter(room[skew:], dirty.runs(), back) == 1500 * 4096
-    assert (back[dirty.indices().astype(int)] == memory[dirty.indices().astype(int)]).all()
+    assert scatter(room[skew:], dirty.runs(), back) == ndirty * 4096
+    assert (back[pages] == memory[pages]).all()
 
 
 @pytest.mark.parametrize("runs", [runs_of((100, 1)), runs_of((99, 2)), runs_of((0, 1), (3, 0)), runs_of((2**64 - 1, 1)),

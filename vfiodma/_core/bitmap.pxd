@@ -4,7 +4,8 @@ from libc.stdint cimport uint64_t
 cdef extern from "dirtylog.h" nogil:
     ctypedef struct dirtylog:
         pass
-    # Device models written in C or Cython mark pages with this, without the GIL, on the `log` of a DirtyLog that they keep alive.
+    # Device models written in C or Cython mark pages with this, without the GIL, on the `log` of a DirtyLog that they
+    # keep alive.
     void dirtylog_mark(dirtylog *log, uint64_t first, uint64_t n)
 
 

@@ -1,6 +1,7 @@
-"""Dirty bitmaps, and the log that device threads mark dirty pages in.  C does the work: csrc/bitmap.c, csrc/dirtylog.c."""
+"""Dirty bitmaps, and the log that device threads mark pages in.  C does the work: csrc/bitmap.c, csrc/dirtylog.c."""
 from cpython.buffer cimport (
-    PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer)
+    PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release,
+    PyObject_GetBuffer)
 from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.long cimport PyLong_CheckExact
 from libc.errno cimport EACCES, EINVAL, ENOMEM, EOVERFLOW, ERANGE
@@ -38,7 +39,13 @@ cdef extern from "dirtylog.h" nogil:
     void dirtylog_free(dirtylog *log)
     uint64_t dirtylog_harvest(dirtylog *log, uint64_t first, uint64_t nbits, uint64_t *dst, uint64_t dst_bit)
 
+cdef extern from "<sys/mman.h>" nogil:
+    int madvise(void *address, size_t size, int advice)
+    int MADV_HUGEPAGE
+
 cdef enum:
+    # Bytes from which huge pages are asked for: with small ones each of many far bits is a TLB miss as well.
+    HUGE = 4 << 20
     # Pages from which an operation takes longer than letting the GIL go: 16 KiB of words.
     WORTH_RELEASING = 131072
     LINE = 64
@@ -76,7 +83,8 @@ cdef int check_pages(str operation, uint64_t first, uint64_t n, uint64_t npages)
     return 0
 
 
-cdef uint64_t page_range(str operation, object first, object npages, uint64_t limit, uint64_t *n) except? 0xffffffffffffffff:
+cdef uint64_t page_range(str operation, object first, object npages, uint64_t limit,
+                         uint64_t *n) except? 0xffffffffffffffff:
     """The first page; *n becomes the number of pages, None being all up to the end."""
     cdef uint64_t start = as_u64(operation, first)
     n[0] = limit - start if npages is None and start < limit else 1 if npages is None else as_u64(operation, npages)
@@ -143,9 +151,10 @@ def cpu_variant(name=None):
 cdef class DirtyBitmap:
     """One bit per page: set means dirty.
 
-    Bit i is bit i % 64 of word i // 64, least significant bit first: the layout of VFIO's and iommufd's dirty bitmaps, and
-    of Arrow's boolean arrays.  The object is a writable buffer of ``(npages + 63) // 64`` words (format "Q"); NumPy arrays made
-    from it share its memory and keep it alive.  Bits after the last page are never counted, reported or changed.
+    Bit i is bit i % 64 of word i // 64, least significant bit first: the layout of VFIO's and iommufd's dirty bitmaps,
+    and of Arrow's boolean arrays.  The object is a writable buffer of ``(npages + 63) // 64`` words (format "Q");
+    NumPy arrays made from it share its memory and keep it alive.  Bits after the last page are never counted, reported
+    or changed.
 
     Parameters
     ----------
@@ -199,6 +208,9 @@ cdef class DirtyBitmap:
         if not self.memory:
             raise_errno(ENOMEM, "DirtyBitmap", None, None, f"no memory for a bitmap of {npages} pages")
         self.words = <uint64_t *> ((<uintptr_t> self.memory + LINE - 1) // LINE * LINE)
+        # Such a block is a mapping of its own.  It is only advice, so the outcome doesn't matter.
+        if self.nbytes >= HUGE:
+            madvise(<void *> (<uintptr_t> self.words // 4096 * 4096), self.nbytes, MADV_HUGEPAGE)
 
     def __dealloc__(self):
         free(self.memory)
@@ -229,8 +241,8 @@ cdef class DirtyBitmap:
         Parameters
         ----------
         buffer : buffer
-            C-contiguous, aligned to 8 bytes, at least ``(npages + 63) // 64 * 8`` bytes.  It is kept alive, and locked against
-            resizing, as long as the bitmap lives.
+            C-contiguous, aligned to 8 bytes, at least ``(npages + 63) // 64 * 8`` bytes.  It is kept alive, and locked
+            against resizing, as long as the bitmap lives.
         npages, pgsize : int
             As in the constructor.
 
@@ -440,7 +452,8 @@ cdef class DirtyBitmap:
         Parameters
         ----------
         into : DirtyBitmap or writable buffer
-            Where to; a buffer is used as by ``frombuffer``.  Bits outside of the ``npages`` from ``bit_offset`` on stay.
+            Where to; a buffer is used as by ``frombuffer``.  Bits outside of the ``npages`` from ``bit_offset`` on
+            stay.
         bit_offset : int
             The page of ``into`` that this bitmap's page 0 becomes.
 
@@ -473,8 +486,8 @@ cdef class DirtyBitmap:
         Parameters
         ----------
         pgsize : int
-            Bytes, a power of two.  A larger page is dirty when any of its parts is; the last one may lie partly after the
-            end.  A dirty page becomes dirty pages where they are smaller.
+            Bytes, a power of two.  A larger page is dirty when any of its parts is; the last one may lie partly after
+            the end.  A dirty page becomes dirty pages where they are smaller.
 
         Returns
         -------
@@ -579,7 +592,8 @@ cdef DirtyBitmap as_target(str operation, object into, uint64_t pgsize):
     if isinstance(into, DirtyBitmap):
         to = into
         if to.pgsize != pgsize:
-            raise_errno(EINVAL, operation, None, None, f"{to!r} has other pages than of {pgsize} bytes; scale() changes them")
+            raise_errno(EINVAL, operation, None, None,
+                        f"{to!r} has other pages than of {pgsize} bytes; scale() changes them")
     else:
         to = DirtyBitmap.frombuffer(into, memoryview(into).nbytes // 8 * 64, pgsize)
     to.check_writable(operation)

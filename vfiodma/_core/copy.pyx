@@ -8,10 +8,10 @@ from .errno cimport raise_errno
 
 cdef extern from "copy.h" nogil:
     int copy_check(const uint64_t *runs, size_t n, uint64_t npages, uint64_t *total, uint64_t *lowest, uint64_t *end)
-    uint64_t copy_gather(void *linear, uint64_t room, const void *base, uint64_t npages, const uint64_t *runs, size_t n,
-                         uint64_t pgsize)
-    uint64_t copy_scatter(const void *linear, uint64_t room, void *base, uint64_t npages, const uint64_t *runs, size_t n,
-                          uint64_t pgsize)
+    uint64_t copy_gather(void *linear, uint64_t room, const void *base, uint64_t npages, const uint64_t *runs,
+                         size_t n, uint64_t pgsize)
+    uint64_t copy_scatter(const void *linear, uint64_t room, void *base, uint64_t npages, const uint64_t *runs,
+                          size_t n, uint64_t pgsize)
     uint64_t copy_zero_pages(uint8_t *out, const void *base, uint64_t n, uint64_t pgsize)
 
 
@@ -21,8 +21,8 @@ def gather(source, runs, out, pgsize=4096):
     Parameters
     ----------
     source : int or buffer
-        The memory that page 0 is the start of: a C-contiguous buffer, or the address of memory of this process.  Behind an
-        address the pages of every run must be readable: that is not checked.
+        The memory that page 0 is the start of: a C-contiguous buffer, or the address of memory of this process.
+        Behind an address the pages of every run must be readable: that is not checked.
     runs : (n, 2) uint64 array
         First page and number of pages of each run, as ``DirtyBitmap.runs()`` returns them.
     out : writable buffer
@@ -45,7 +45,7 @@ def gather(source, runs, out, pgsize=4096):
 
     Notes
     -----
-    The GIL is released.  From 4 MiB on the stores bypass the cache.  Source: the runs are those of a dirty bitmap as
+    The GIL is released.  From 16 MiB on the stores bypass the cache.  Source: the runs are those of a dirty bitmap as
     ``VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`` and ``VFIO_IOMMU_DIRTY_PAGES`` report it.
     """
     return transfer("gather", source, runs, out, pgsize, True)
@@ -61,8 +61,8 @@ def scatter(source, runs, destination, pgsize=4096):
     runs : (n, 2) uint64 array
         First page and number of pages of each run.
     destination : int or writable buffer
-        The memory that page 0 is the start of: a C-contiguous buffer, or the address of memory of this process.  Behind an
-        address the pages of every run must be writable: that is not checked.
+        The memory that page 0 is the start of: a C-contiguous buffer, or the address of memory of this process.
+        Behind an address the pages of every run must be writable: that is not checked.
     pgsize : int
         Bytes of a page, a power of two.
 
@@ -74,8 +74,8 @@ def scatter(source, runs, destination, pgsize=4096):
     Raises
     ------
     InvalidArgumentError
-        EINVAL: an empty run, or memory that overlaps.  ERANGE: a run that is not inside ``destination``, or ``source`` is
-        too small.  Nothing was copied.
+        EINVAL: an empty run, or memory that overlaps.  ERANGE: a run that is not inside ``destination``, or ``source``
+        is too small.  Nothing was copied.
     DmaPermissionError
         EACCES: ``destination`` is read-only.
 
