@@ -58,7 +58,8 @@ def test_pages_beside_memcpy(benchmark, memory, line, way, density, length):
         own, peer = lambda: gather(memory, runs, flat), lambda: np.copyto(flat, whole)
     else:
         own, peer = lambda: scatter(flat, runs, memory), lambda: np.copyto(whole, flat)
-    compare(benchmark, own, peer, 0.6, "memcpy", flat.nbytes)
+    # A page here and there costs cache and TLB misses that one memcpy does not have.
+    compare(benchmark, own, peer, 0.6 if density == 1 else 0.2, "memcpy", flat.nbytes)
 
 
 @pytest.mark.parametrize("density", [0.1, 1])

@@ -36,6 +36,8 @@
 #define HUGE (UINT64_C(2) << 20)
 /* Dirty lines that are gathered before they are harvested. */
 #define BATCH 64
+/* Dirty lines among 64 from which reading all of them in order is faster than going to each. */
+#define DENSE 24
 /* Words of summary that are looked at together. */
 #define SKIP 16
 /* Words of one visit to a buffer, so that a harvest never waits long. */
@@ -153,9 +155,9 @@ static struct writer *register_writer(struct registry *with)
     return writer;
 }
 
-static struct buffer *enter(dirtylog *log, struct writer *writer)
+/* `seq` is odd; leaving makes it even again. */
+static struct buffer *enter(dirtylog *log, struct writer *writer, uint64_t seq)
 {
-    uint64_t seq = atomic_load_explicit(&writer->seq, memory_order_relaxed) + 1;
     if (log->registry->asymmetric) {
         atomic_store_explicit(&writer->seq, seq, memory_order_relaxed);
         atomic_signal_fence(memory_order_seq_cst);
@@ -165,10 +167,9 @@ static struct buffer *enter(dirtylog *log, struct writer *writer)
     return atomic_load(&log->active);
 }
 
-static void leave(struct writer *writer)
+static void leave(struct writer *writer, uint64_t seq)
 {
-    uint64_t seq = atomic_load_explicit(&writer->seq, memory_order_relaxed) + 1;
-    atomic_store_explicit(&writer->seq, seq, memory_order_release);
+    atomic_store_explicit(&writer->seq, seq + 1, memory_order_release);
 }
 
 /* ---- marking ---- */
@@ -230,12 +231,12 @@ void dirtylog_mark(dirtylog *log, uint64_t first, uint64_t n)
         mark_locked(log, first, last);
         return;
     }
-    for (;;) {
+    for (uint64_t seq = atomic_load_explicit(&writer->seq, memory_order_relaxed) + 1;; seq += 2) {
         uint64_t stop = (first / 64 + VISIT_WORDS) * 64 - 1;
         if (stop > last)
             stop = last;
-        mark_in(enter(log, writer), first, stop);
-        leave(writer);
+        mark_in(enter(log, writer, seq), first, stop);
+        leave(writer, seq);
         if (stop == last)
             return;
         first = stop + 1;
@@ -293,7 +294,7 @@ static uint64_t drain_part(struct buffer *buffer, uint64_t from, uint64_t last, 
 
 /*
  * The whole lines [line, end).  Lines far from one another are gathered before they are touched, so that their cache
- * misses overlap; long runs go to the kernel in one piece.
+ * misses overlap; where most are dirty, all of them go to the kernel in one piece.
  */
 static uint64_t drain_lines(struct buffer *buffer, uint64_t line, uint64_t end, const struct target *to)
 {
@@ -316,7 +317,7 @@ static uint64_t drain_lines(struct buffer *buffer, uint64_t line, uint64_t end, 
         summary[w] ^= dirty;
         if (to->summary)
             to->summary[w] |= dirty;
-        if (!~dirty) {
+        if (!~mask && __builtin_popcountll(dirty) >= DENSE) {
             total += bitmap_harvest(to->words, to->bit + (line * LINE_BITS - to->first), words + line * LINE_WORDS,
                                     64 * LINE_BITS);
             continue;
