@@ -30,9 +30,3 @@ cdef class DirtyLog:
     cdef dirtylog *log
     cdef readonly uint64_t npages
     cdef readonly uint64_t pgsize
-
-
-cdef uint64_t as_u64(str operation, object number) except? 0xffffffffffffffff
-cdef uint64_t as_pgsize(str operation, object number) except 0
-cdef int open_buffer(object source, Py_buffer *view, str operation, bint writable) except -1
-cdef int open_u64(object source, Py_buffer *view, str operation, bint writable, int columns) except -1

@@ -3,7 +3,7 @@ from cpython.buffer cimport Py_buffer, PyBuffer_Release, PyObject_CheckBuffer
 from libc.errno cimport EINVAL, ERANGE
 from libc.stdint cimport UINT64_MAX, uint8_t, uint64_t, uintptr_t
 
-from .bitmap cimport as_pgsize, as_u64, open_buffer, open_u64
+from .buffers cimport as_pgsize, as_u64, open_buffer, open_u64
 from .errno cimport raise_errno
 
 cdef extern from "copy.h" nogil:
