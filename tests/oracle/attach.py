@@ -18,8 +18,8 @@ def attach(type1, group):
     if group.emulated:
         type1.emulated.append(group)
         return
-    if type1.nesting:
-        fail(errno.EINVAL)                                      # the IOMMU has no nested translation
+    if type1.nesting and not group.nestable:
+        fail(errno.EINVAL)
     first, last = group.aperture
     if aperture_conflict(type1, first, last):
         fail(errno.EINVAL)
@@ -28,8 +28,9 @@ def attach(type1, group):
     valid = ranges.cut(ranges.clip(type1.iova_ranges, first, last), group.reserved)
     if not valid:
         fail(errno.EINVAL)
-    # A domain takes another group when the two see the same aperture and page sizes.
-    home = next((d for d in type1.domains if (d.aperture, d.pgsizes) == (group.aperture, group.pgsizes)), None)
+    if not group.msi_isolated:
+        fail(errno.EPERM)
+    home = next((d for d in type1.domains if d.takes(group)), None)
     if home:
         home.groups.append(group)
     else:

@@ -21,10 +21,10 @@ class Group:
     """What is behind /dev/vfio/``number``."""
 
     def __init__(self, number, devices, aperture=(0, (1 << 39) - 1), reserved=((0xfee00000, 0xfeefffff),),
-                 pgsizes=0x40201000, emulated=False):
+                 pgsizes=0x40201000, emulated=False, coherent=True, msi_isolated=True, nestable=False):
         self.number, self.devices = number, list(devices)
         self.aperture, self.reserved, self.pgsizes = tuple(aperture), [tuple(r) for r in reserved], pgsizes
-        self.emulated = emulated
+        self.emulated, self.coherent, self.msi_isolated, self.nestable = emulated, coherent, msi_isolated, nestable
         self.container = None
         self.open = False                               # a descriptor of the group is open
         self.devices_open = 0
@@ -123,7 +123,7 @@ class Machine:
         if arg in (TYPE1, TYPE1V2):
             return 1
         if arg == DMA_CC:
-            return int(type1 is not None)               # every domain of this model is coherent
+            return int(type1 is not None and all(domain.coherent for domain in type1.domains))
         if arg == NESTING:
             return int(self.kernel.nesting)
         if arg == UNMAP_ALL:

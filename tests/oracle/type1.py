@@ -51,6 +51,11 @@ class Domain:
         self.groups = [group]
         self.aperture = group.aperture
         self.pgsizes = group.pgsizes
+        self.coherent = group.coherent
+
+    def takes(self, group):
+        """Groups share a domain when they see the same aperture, page sizes and coherency."""
+        return (self.aperture, self.pgsizes, self.coherent) == (group.aperture, group.pgsizes, group.coherent)
 
 
 class Type1:
