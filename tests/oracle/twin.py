@@ -83,6 +83,7 @@ class Twin:
     def __init__(self, memory, kernel, groups):
         self.memory, self.fake = memory, memory.image()
         self.kernel = kernel
+        self.agreed = True
         self.process = Process()
         # ``groups``: number -> keyword arguments of both kinds of group.
         self.real = SoftwareVfio(kernel, [SoftwareGroup(n, [self.device(n)], **g) for n, g in groups.items()])
@@ -102,10 +103,18 @@ class Twin:
         return f"0000:00:{number:02x}.0"
 
     def finish(self):
-        for name in sorted(self.fds):
-            self.close(name)
-        self.agree("locked pages at the end", self.real.locked_pages() - self.before, self.process.charged)
-        self.restore()
+        """Close everything.  After a disagreement nothing is compared any more."""
+        try:
+            for name in sorted(self.fds):
+                if self.agreed:
+                    self.close(name)
+            if self.agreed:
+                self.agree("locked pages at the end", self.real.locked_pages() - self.before, self.process.charged)
+        finally:
+            for real_fd, _ in self.fds.values():
+                self.real.close(real_fd)
+            self.fds.clear()
+            self.restore()
 
     def restore(self):
         set_capability(self.old_capability)
@@ -115,7 +124,9 @@ class Twin:
 
     def agree(self, what, real, oracle):
         if real != oracle:
-            raise Disagreement("\n".join([what, f"    software: {show(real)}", f"    oracle:   {show(oracle)}", *self.script]))
+            self.agreed = False
+            raise Disagreement("\n".join([what, f"    software: {show(real)}", f"    oracle:   {show(oracle)}",
+                                          *self.script]))
 
     def both(self, text, real, oracle):
         """Call both; return the common outcome ("ret", value) or ("err", name), or None if the oracle would block."""
@@ -234,17 +245,20 @@ class Twin:
     # -- Type1
 
     def get_info(self, container, argsz, tail=None):
+        room = min(argsz, 1024) if tail is None else 4
         return self.call(f"GET_INFO({container}, argsz={argsz}, room={tail})", container, 112, 0,
-                         struct.pack("I", argsz).ljust(min(argsz, 1024) if tail is None else 4, bytes([FILLER])), tail=tail)
+                         struct.pack("I", argsz).ljust(room, bytes([FILLER])), tail=tail)
 
     def map_dma(self, container, iova, vaddr, size, flags, argsz=32, tail=None):
-        return self.call(f"MAP_DMA({container}, iova={iova:#x}, size={size:#x}, vaddr={self.memory.name(vaddr)}, flags={flags}, "
-                         f"argsz={argsz})", container, 113, 0, struct.pack("IIQQQ", argsz, flags, vaddr, iova, size), tail=tail)
+        text = (f"MAP_DMA({container}, iova={iova:#x}, size={size:#x}, vaddr={self.memory.name(vaddr)}, "
+                f"flags={flags}, argsz={argsz})")
+        return self.call(text, container, 113, 0, struct.pack("IIQQQ", argsz, flags, vaddr, iova, size), tail=tail)
 
     def unmap_dma(self, container, iova, size, flags, bitmap=None, argsz=None, fill=0x55):
         """``bitmap`` = (page size, bytes, address)."""
         argument = struct.pack("IIQQ", argsz or (48 if bitmap else 24), flags, iova, size)
-        text = f"UNMAP_DMA({container}, iova={iova:#x}, size={size:#x}, flags={flags}, argsz={argsz}, bitmap={self.show(bitmap)})"
+        text = (f"UNMAP_DMA({container}, iova={iova:#x}, size={size:#x}, flags={flags}, argsz={argsz}, "
+                f"bitmap={self.show(bitmap)})")
         if bitmap:
             argument += struct.pack("QQQ", *bitmap)
         return self.call(text, container, 114, 0, argument, bitmap=fill if bitmap else None)
@@ -254,7 +268,8 @@ class Twin:
                          struct.pack("II", argsz, flags))
 
     def get_bitmap(self, container, iova, size, bitmap, argsz=48, fill=0):
-        text = f"GET_BITMAP({container}, iova={iova:#x}, size={size:#x}, bitmap={self.show(bitmap)}, argsz={argsz}, fill={fill:#x})"
+        text = (f"GET_BITMAP({container}, iova={iova:#x}, size={size:#x}, bitmap={self.show(bitmap)}, argsz={argsz}, "
+                f"fill={fill:#x})")
         return self.call(text, container, 117, 0, struct.pack("IIQQQQQ", argsz, 4, iova, size, *bitmap), bitmap=fill)
 
     def show(self, bitmap):
