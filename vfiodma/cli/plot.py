@@ -38,10 +38,10 @@ def plot_rounds(summary: dict[str, Any], path: Path) -> None:
     _draw_bandwidth(band, summary)
     figure.text(0.02, 0.955, f"{amount(summary['size'])} of memory moved while {summary['devices']} devices write",
                 fontsize=14.5, fontweight="bold", color=_INK)
-    verdict = "every byte equal" if summary["equal"] else "BYTES DIFFER"
-    figure.text(0.02, 0.915, f"downtime {summary['downtime'] * 1e3:.1f} ms of {summary['downtime_limit'] * 1e3:g} ms "
-                f"allowed   ·   {summary['throughput'] / (1 << 30):.2f} GiB/s over {summary['seconds']:.2f} s   ·   {verdict}",
-                fontsize=10.5, color=_INK if summary["equal"] else _STOPPED)
+    facts = (f"downtime {summary['downtime'] * 1e3:.1f} ms of {summary['downtime_limit'] * 1e3:g} ms allowed",
+             f"{summary['throughput'] / (1 << 30):.2f} GiB/s over {summary['seconds']:.2f} s",
+             "every byte equal" if summary["equal"] else "BYTES DIFFER")
+    figure.text(0.02, 0.915, "   ·   ".join(facts), fontsize=10.5, color=_INK if summary["equal"] else _STOPPED)
     figure.savefig(path)
 
 
