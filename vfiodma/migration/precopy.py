@@ -259,7 +259,7 @@ class PrecopySource:
         try:
             yield
         except VfioError as exc:
-            if exc.errno in (errno.EPIPE, errno.ECONNRESET):
+            if exc.errno == errno.ECONNRESET:
                 with contextlib.suppress(VfioError):
                     _, body = self._channel.receive(Kind.ERROR)
                     exc.hint = f"the destination gave up: {bytes(body).decode(errors='replace')}"

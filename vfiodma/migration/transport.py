@@ -90,7 +90,9 @@ class SocketTransport:
         if isinstance(exc, TimeoutError):
             return MigrationError(errno.ETIMEDOUT, operation=doing,
                                   hint=f"the peer did not move for {self.timeout:g} s")
-        return MigrationError(exc.errno or errno.EPIPE, operation=doing, hint="the connection to the peer is lost")
+        # EPIPE, which programs take for a reader of their output that went away, is the same as ECONNRESET here.
+        number = errno.ECONNRESET if exc.errno in (None, errno.EPIPE) else exc.errno
+        return MigrationError(number, operation=doing, hint="the connection to the peer is lost")
 
     def close(self) -> None:
         """Close the socket; idempotent."""
