@@ -88,8 +88,8 @@ def test_when_one_process_is_killed_the_other_ends_with_status_1_and_claims_noth
     (["--size", "1000T"], "of memory are available"),
     (["--size", "16M", "--working-set", "17M"], "at most the memory's"),
     (["--image", "/does/not/exist"], "does not exist"),
-    (["--devices", "0"], "0 is not in the range"),
-    (["--downtime", "0"], "not in the range"),
+    (["--devices", "0"], "Invalid value for '--devices'"),
+    (["--downtime", "0"], "Invalid value for '--downtime'"),
     (["--plot", "/does/not/exist/a.png"], "no directory"),
 ])
 def test_options_that_can_not_be_are_refused_at_once(options, words):

@@ -151,8 +151,8 @@ def test_split_runs_gives_the_same_pages_in_full_portions(runs, npages):
     assert all((part[:, 1] > 0).all() for part in parts)
 
 
-@pytest.mark.parametrize("runs", [[(0, 0)], [(10, 1)], [(9, 2)], [(0, 2), (1, 1)], [(3, 1), (1, 1)], [(1 << 63, 1 << 63)],
-                                  [(1, (1 << 64) - 1)], [((1 << 64) - 1, 2)]])
+@pytest.mark.parametrize("runs", [[(0, 0)], [(10, 1)], [(9, 2)], [(0, 2), (1, 1)], [(3, 1), (1, 1)],
+                                  [(1 << 63, 1 << 63)], [(1, (1 << 64) - 1)], [((1 << 64) - 1, 2)]])
 def test_runs_from_outside_are_checked_without_overflow(runs):
     assert check_runs(np.array(runs, np.uint64), 10)
 

@@ -142,8 +142,8 @@ class Forger:
 
     def add(self, kind, body=b"", nruns=0, **fields):
         fields = {"block": 0, "flags": 0, "epoch": 0, "sequence": self.sequence} | fields
-        self.data += stream.encode_header(Header(kind, nruns=nruns, length=len(body), body_crc=zlib.crc32(body), **fields))
-        self.data += body
+        header = Header(kind, nruns=nruns, length=len(body), body_crc=zlib.crc32(body), **fields)
+        self.data += stream.encode_header(header) + body
         self.sequence += 1
         return self
 

@@ -1,0 +1,172 @@
+"""Memory through the stream beside a plain socket pair; a vaddr update; a round's bitmap work."""
+import contextlib
+import os
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from vfiodma import (
+    DirtyBitmap,
+    DirtyTracker,
+    GuestMemory,
+    IoAddressSpace,
+    PageReceiver,
+    PrecopySource,
+    SoftwareGroup,
+    VaddrHandoff,
+    open_backend,
+)
+from vfiodma.devices.dma_writer import DmaWriter
+from vfiodma.migration import SocketTransport
+from vfiodma.migration.layout import MemoryLayout
+
+SIZE = 256 << 20
+CHUNK = 1 << 20
+
+
+@contextlib.contextmanager
+def in_child(work):
+    """A forked process with the other end of a socket; the memory it works on is shared and populated already."""
+    here, there = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        here.close()
+        status = 1
+        try:
+            work(there)
+            status = 0
+        finally:
+            os._exit(status)
+    there.close()
+    try:
+        yield here
+    finally:
+        here.close()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+class NoWrites:
+    """A machine and a tracker of a guest that stands still."""
+
+    def start(self):
+        """Nothing to start."""
+
+    def harvest(self, into):
+        """Nothing was written."""
+
+    def stop(self):
+        """Nothing to stop."""
+
+    resume = start
+
+    def state(self):
+        """No devices."""
+        return {}
+
+
+def fill(memory):
+    words = np.random.default_rng(1).integers(1, 1 << 63, SIZE // 8, np.uint64)
+    with memory.region.view() as view:
+        view[:] = words.view(np.uint8).data
+
+
+def plain(memory, target):
+    """The peer: send and receive 1 MiB at a time, into memory, with nothing else done."""
+    def receive(sock):
+        with target.region.view() as view:
+            at = 0
+            while at < SIZE:
+                at += sock.recv_into(view[at:at + CHUNK])
+        sock.send(b"k")
+
+    with in_child(receive) as sock, memory.region.view() as view:
+        began = time.perf_counter()
+        for at in range(0, SIZE, CHUNK):
+            sock.sendall(view[at:at + CHUNK])
+        sock.recv(1)
+        return time.perf_counter() - began
+
+
+def stream(memory, target):
+    def receive(sock):
+        receiver = PageReceiver(SocketTransport(sock), lambda hello: target)
+        receiver.receive()
+        receiver.close()
+
+    with in_child(receive) as sock, MemoryLayout(memory, 4096) as layout:
+        source = PrecopySource(SocketTransport(sock))
+        source.introduce(memory)
+        still = NoWrites()
+        return source.migrate(layout, still, still).seconds
+
+
+def test_whole_memory_over_a_unix_socket_destination_prefaulted(benchmark):
+    with GuestMemory.memfd(SIZE) as memory, GuestMemory.memfd(SIZE) as target:
+        fill(memory)
+        fill(target)
+        peers, owns = [], []
+        for _ in range(5):
+            peers.append(plain(memory, target))
+            owns.append(stream(memory, target))
+        assert target.read(0, SIZE) == memory.read(0, SIZE)
+    own, peer = (SIZE / sorted(times)[2] / 1e9 for times in (owns, peers))
+    benchmark.pedantic(lambda: None)
+    benchmark.extra_info.update(own_gb_s=round(own, 2), peer="plain 1 MiB sends and receives, no checksum",
+                                peer_gb_s=round(peer, 2), ratio=round(own / peer, 2), limit=0.25)
+    assert own > 0.25 * peer
+
+
+@pytest.mark.parametrize("mappings", [8, 10_000])
+def test_vaddr_update(benchmark, mappings):
+    """Invalidate and restore, mmap and munmap left out."""
+    with contextlib.ExitStack() as stack:
+        backend = open_backend("software", groups=[SoftwareGroup(0, ["0000:00:10.0"])], memlock_limit=None)
+        stack.callback(backend.close)
+        memory = GuestMemory.memfd(mappings * 8192)
+        ioas = stack.enter_context(IoAddressSpace(backend))
+        vaddr = memory.region.vaddr
+        rows = [(0x100000 + at * 16384, vaddr + at * 8192, 4096, 3) for at in range(mappings)]
+        ioas.map_many(rows, keep=memory.region)
+        times = []
+
+        def update():
+            nonlocal memory
+            memory, taken = VaddrHandoff(ioas, memory).move()
+            times.append(taken.engine)
+
+        benchmark.pedantic(update, rounds=7)
+        benchmark.extra_info["engine_us"] = round(sorted(times)[3] * 1e6)
+        ioas.unmap_all()
+        memory.close()
+
+
+def test_harvest_and_runs_of_a_round(benchmark):
+    """Two devices' logs and the process's own marks over 1 GiB, 1 % written at random places."""
+    npages = 1 << 18
+    with contextlib.ExitStack() as stack:
+        memory = stack.enter_context(GuestMemory.memfd(npages * 4096))
+        devices = [DmaWriter("0000:00:10.0"), DmaWriter("0000:00:10.1")]
+        backend = open_backend("software", groups=[SoftwareGroup(0, devices)], memlock_limit=None)
+        stack.callback(backend.close)
+        ioas = stack.enter_context(IoAddressSpace(backend))
+        iova = ioas.map(memory).iova
+        layout = stack.enter_context(MemoryLayout(memory, 4096))
+        tracker = DirtyTracker(ioas, layout)
+        tracker.start()
+        stack.callback(tracker.stop)
+        bitmap = DirtyBitmap(layout.nbits)
+        places = np.random.default_rng(2).integers(0, npages, (2, npages // 200)).astype(np.uint64) * 4096 + iova
+
+        def write():
+            bitmap.clear()
+            for port, iovas in zip(backend.ports.values(), places, strict=True):
+                port.write_many(iovas, np.ones((len(iovas), 8), np.uint8))
+
+        def harvest():
+            tracker.harvest(bitmap)
+            return bitmap.runs()
+
+        benchmark.pedantic(harvest, setup=write, rounds=20)
+        benchmark.extra_info["median_us"] = round(benchmark.stats["median"] * 1e6)
