@@ -354,7 +354,7 @@ def show(value):
     if isinstance(value, dict):
         return ", ".join(f"{key}={show(item)}" for key, item in value.items())
     if isinstance(value, (tuple, list)):
-        if len(value) > 64:                             # words of a bitmap
+        if len(value) > 64 and isinstance(value[0], int):           # words of a bitmap
             return " ".join(f"{index}:{word:x}" for index, word in enumerate(value) if word)
         return "(" + ", ".join(map(show, value)) + ")"
     return hex(value) if isinstance(value, int) and value > 9 else str(value)

@@ -393,7 +393,8 @@ class Type1:
         if m.prot & prot != prot:
             fail(errno.EPERM)
         if page not in m.pins:
-            error, zero = self.memory.pin(m.vaddr + page - m.iova, bool(prot & WRITE))
+            # The page is pinned with the rights of the mapping, not with those asked for.
+            error, zero = self.memory.pin(m.vaddr + page - m.iova, bool(m.prot & WRITE))
             if error:
                 fail(error)
             if zero and self.kernel.zero_page:
