@@ -78,7 +78,8 @@ class Screen(Silent):
 
     def stage(self, text: str) -> None:
         """Name the bar."""
-        self._progress.reset(self._task, description=text, total=None)
+        self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(text, total=None)
 
     def done(self, text: str) -> None:
         """Print it above the bar."""

@@ -1,6 +1,8 @@
 """Byte transports: everything or an error, never a wait without an end."""
 import errno
+import select
 import socket
+import struct
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -41,55 +43,58 @@ class SocketTransport:
     """
 
     def __init__(self, sock: socket.socket, timeout: float = 30.0) -> None:
-        if timeout <= 0:
+        if not 0 < timeout < 1 << 31:
             raise error(errno.EINVAL, "transport", hint="timeout is a positive number of seconds")
         self._sock = sock
         self.timeout = timeout
-
-    def _arm(self, deadline: float, doing: str) -> None:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise MigrationError(errno.ETIMEDOUT, operation=doing,
-                                 hint=f"the peer did not move for {self.timeout:g} s")
-        self._sock.settimeout(left)
+        # The kernel keeps the time of a receive: one system call for a whole body, however it arrives.
+        sock.setblocking(True)
+        seconds, rest = divmod(max(round(timeout * 1e6), 1), 1_000_000)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, rest))
+        self._writable = select.poll()
+        self._writable.register(sock, select.POLLOUT)
 
     def send(self, parts: Sequence[Any]) -> None:
         """Send all bytes of all parts."""
         views = [view for view in (memoryview(part).cast("B") for part in parts if memoryview(part).nbytes)]
         deadline = time.monotonic() + self.timeout
-        try:
-            while views:
-                self._arm(deadline, "send")
-                sent = self._sock.sendmsg(views[:_MAX_PARTS])
-                while views and sent >= len(views[0]):
-                    sent -= len(views.pop(0))
-                if sent:
-                    views[0] = views[0][sent:]
-        except OSError as exc:
-            raise self._lost(exc, "send") from None
+        while views:
+            try:
+                sent = self._sock.sendmsg(views[:_MAX_PARTS], (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._writable.poll(left * 1e3):
+                    raise self._silent("send") from None
+                continue
+            except OSError as exc:
+                raise self._lost(exc, "send") from None
+            while views and sent >= len(views[0]):
+                sent -= len(views.pop(0))
+            if sent:
+                views[0] = views[0][sent:]
 
     def receive_into(self, view: memoryview) -> None:
         """Fill the view."""
         view = view.cast("B")
         deadline = time.monotonic() + self.timeout
-        at = 0
-        try:
-            while at < len(view):
-                self._arm(deadline, "receive")
-                got = self._sock.recv_into(view[at:])
-                if not got:
-                    raise error(errno.EPROTO, "receive",
-                                hint=f"the stream ended {len(view) - at} bytes too early: the peer is gone")
-                at += got
-        except OSError as exc:
-            raise self._lost(exc, "receive") from None
+        while view:
+            try:
+                got = self._sock.recv_into(view, 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                raise self._silent("receive") from None
+            except OSError as exc:
+                raise self._lost(exc, "receive") from None
+            if not got:
+                raise error(errno.EPROTO, "receive",
+                            hint=f"the stream ended {len(view)} bytes too early: the peer is gone")
+            view = view[got:]
+            if view and time.monotonic() >= deadline:
+                raise self._silent("receive")
+
+    def _silent(self, doing: str) -> OSError:
+        return MigrationError(errno.ETIMEDOUT, operation=doing, hint=f"the peer did not move for {self.timeout:g} s")
 
     def _lost(self, exc: OSError, doing: str) -> OSError:
-        if hasattr(exc, "operation"):       # ours already
-            return exc
-        if isinstance(exc, TimeoutError):
-            return MigrationError(errno.ETIMEDOUT, operation=doing,
-                                  hint=f"the peer did not move for {self.timeout:g} s")
         # EPIPE, which programs take for a reader of their output that went away, is the same as ECONNRESET here.
         number = errno.ECONNRESET if exc.errno in (None, errno.EPIPE) else exc.errno
         return MigrationError(number, operation=doing, hint="the connection to the peer is lost")
