@@ -13,7 +13,9 @@ PAGES = (16, 8)     # of each region: neither is a multiple of 64, so that block
 PAGE = st.integers(0, sum(PAGES) - 1)
 #: Before a frame is sent: (page, first byte in it, length, value); value 0 makes pages zero again.
 WRITE = st.tuples(PAGE, st.integers(0, PGSIZE - 1), st.integers(1, 3 * PGSIZE), st.sampled_from([0, 0, 1, 7, 255]))
-SCHEDULE = st.dictionaries(st.integers(0, 25), st.lists(WRITE, min_size=1, max_size=6), max_size=12)
+WRITES = st.lists(WRITE, min_size=1, max_size=6)
+#: By the number of the frame, and what devices still write while they are being stopped.
+SCHEDULE = st.tuples(st.dictionaries(st.integers(0, 25), WRITES, max_size=12), WRITES | st.just([]))
 FILL = st.lists(st.sampled_from([0, 0, 3, 200]), min_size=sum(PAGES), max_size=sum(PAGES))
 
 
@@ -21,21 +23,34 @@ FILL = st.lists(st.sampled_from([0, 0, 3, 200]), min_size=sum(PAGES), max_size=s
 def test_the_image_equals_the_source_for_any_interleaving_of_writes_and_rounds(fill, schedule, rounds, fresh):
     pages = [bytes([value]) * PGSIZE for value in fill]
     start = [b"".join(pages[:PAGES[0]]), b"".join(pages[PAGES[0]:])]
+    by_frame, at_stop = schedule
     here, there = socket.socketpair()
     stale = b"\0" if fresh else b"\xee"
     with guest(start) as memory, guest([stale * len(region) for region in start]) as target:
         with MemoryLayout(memory, PGSIZE) as layout:
-            tracker, machine = LogTracker(layout), Machine()
+            tracker = LogTracker(layout)
 
-            def dma(frame):
-                """Write as devices do: bytes first, then the mark; in the middle of a frame's way out."""
-                for page, first, length, value in schedule.get(frame, ()) if "stop" not in machine.calls else ():
+            def write(writes):
+                """Write as devices do: bytes first, then the mark."""
+                for page, first, length, value in writes:
                     block = layout.blocks[page >= PAGES[0]]
                     at = (page - (PAGES[0] if block.number else 0)) * PGSIZE + first
                     length = min(length, block.npages * PGSIZE - at)
                     memory.write(block.gpa + at, bytes([value]) * length)
                     low, last = at // PGSIZE, (at + length - 1) // PGSIZE
                     tracker.log.mark(block.first_bit + low, last - low + 1)
+
+            class Writers(Machine):
+                def stop(self):
+                    write(at_stop)
+                    super().stop()
+
+            machine = Writers()
+
+            def dma(frame):
+                """In the middle of a frame's way out."""
+                if "stop" not in machine.calls:
+                    write(by_frame.get(frame, ()))
 
             peer = Peer(there, target, verify=True, fresh=fresh)
             with contextlib.closing(Hooked(here, dma)) as transport:
