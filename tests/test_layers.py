@@ -27,6 +27,7 @@ ALLOWED = {
     "serve": MIDDLE | {"backends"},
     "cli": MIDDLE | {"backends", "migration", "liveupdate", "serve", "testing"},
     "testing": MIDDLE | {"backends", "migration", "liveupdate", "serve"},
+    "__main__": {"cli"},
 }
 TOP = {"cli", "testing"}        # may use the public names of `vfiodma` itself
 

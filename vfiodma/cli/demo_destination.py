@@ -14,11 +14,10 @@ import threading
 import time
 from typing import Any
 
+from .. import SoftwareGroup, open_backend
 from .._core.bitmap import DirtyBitmap
 from .._core.errno import error
 from ..address_space import IoAddressSpace
-from ..backends import open_backend
-from ..backends.software import SoftwareGroup
 from ..devices.dma_writer import DmaWriter
 from ..errors import VfioError
 from ..memory import GuestMemory

@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from .. import SoftwareGroup, open_backend
 from ..address_space import IoAddressSpace
-from ..backends import open_backend
-from ..backends.software import SoftwareGroup
 from ..devices.dma_writer import DmaWriter
 from ..errors import MigrationError
 from ..liveupdate import VaddrHandoff

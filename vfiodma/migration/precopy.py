@@ -5,9 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .._core.bitmap import DirtyBitmap
 from .._core.copy import gather, zero_pages
@@ -16,9 +14,12 @@ from ..errors import MigrationError, VfioError
 from ..memory import GuestMemory
 from . import stream
 from .convergence import Convergence, Step
-from .layout import MemoryLayout, Runs, pages_of, runs_of, split_runs
+from .layout import MemoryLayout, pages_of, runs_of, split_runs
 from .ledger import Ledger
 from .stream import FrameChannel, Hello, Kind, Totals
+
+if TYPE_CHECKING:
+    from .layout import Runs
 
 
 class Tracker(Protocol):
@@ -218,6 +219,8 @@ class PrecopySource:
         A chunk is copied first, and only the copy is looked at and sent: devices go on writing into the memory, and a
         checksum of live memory would raise false alarms.
         """
+        import numpy as np
+
         pgsize, frames, pages, zeros = layout.pgsize, 0, 0, 0
         stage: Any = np.empty(stream.CHUNK_BYTES, np.uint8)
         todo = dirty.count()
@@ -240,7 +243,7 @@ class PrecopySource:
                 self._on_progress(epoch, pages + zeros, todo)
         return Totals(frames, pages, zeros)
 
-    def _send_runs(self, kind: Kind, block: int, epoch: int, runs: Runs, *content: Any) -> None:
+    def _send_runs(self, kind: Kind, block: int, epoch: int, runs: "Runs", *content: Any) -> None:
         # Little-endian on every machine; no copy where it is already.
         self._channel.send(kind, runs.astype("<u8", copy=False), *content, block=block, epoch=epoch, nruns=len(runs))
 

@@ -4,8 +4,6 @@ import errno
 from collections.abc import Callable
 from typing import Any, Self
 
-import numpy as np
-
 from .._core.copy import scatter
 from ..errors import VfioError
 from ..memory import GuestMemory
@@ -58,6 +56,8 @@ class PageReceiver:
 
     def receive(self) -> None:
         """Receive everything up to the final epoch, and acknowledge it."""
+        import numpy as np
+
         with self._telling():
             layout = self._receive_hello()
             zeros = np.zeros(stream.CHUNK_BYTES, np.uint8)
@@ -136,6 +136,8 @@ class PageReceiver:
 
     def _receive_pages(self, block: Block, pgsize: int, header: Header, body: memoryview, brought: Any,
                        zeros: Any) -> None:
+        import numpy as np
+
         if not header.nruns:
             raise damaged(f"{header.kind.name} without runs")
         runs = np.frombuffer(body, "<u8", header.nruns * 2).reshape(-1, 2).astype(np.uint64)
