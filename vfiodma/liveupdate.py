@@ -51,6 +51,11 @@ class VaddrHandoff:
     memory : GuestMemory
         Where the mappings lead now.
 
+    Attributes
+    ----------
+    memory : GuestMemory
+        Where it is now.
+
     Raises
     ------
     UnsupportedError
@@ -80,7 +85,7 @@ class VaddrHandoff:
             raise error(errno.EOPNOTSUPP, "invalidate_vaddr", hint="the backend can't update vaddrs now "
                         "(VFIO_UPDATE_VADDR, and no emulated group)")
         self._ioas = ioas
-        self._memory = memory
+        self.memory = memory
         self._places = [self._place(memory, mapping) for mapping in ioas]
 
     @staticmethod
@@ -130,19 +135,21 @@ class VaddrHandoff:
 
         Notes
         -----
-        When mapping it again fails, the old addresses are restored and the error is raised.
+        When mapping it again fails, the old addresses are restored and the error is raised.  Should the restore fail, the
+        vaddrs stay invalid: ``restore(handoff.memory)`` can be tried again.
         """
         start = time.perf_counter()
         self.invalidate()
         invalid = time.perf_counter()
         try:
-            moved = (remap or self._memory.remap)()
+            moved = (remap or self.memory.remap)()
         except BaseException:
-            self.restore(self._memory)
+            self.restore(self.memory)
             raise
         mapped = time.perf_counter()
-        _empty(self._memory)
-        self._memory.close()
+        _empty(self.memory)
+        self.memory.close()
+        self.memory = moved
         unmapped = time.perf_counter()
         count = self.restore(moved)
         end = time.perf_counter()

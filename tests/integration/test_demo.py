@@ -1,4 +1,5 @@
 """`vfiodma demo` as a user runs it: two processes, and the exit status."""
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+
+from vfiodma.cli.demo_destination import Destination
+from vfiodma.errors import ProtocolError, VfioError
+from vfiodma.migration.stream import Hello
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONWARNINGS": "error::ResourceWarning"}
@@ -103,3 +108,29 @@ def test_an_empty_image_is_an_error(tmp_path):
     done = demo(*SMALL, "--image", tmp_path / "empty")
     assert done.returncode == 1
     assert "has no bytes to fill memory with" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"devices": 3}', b'{"devices": [], "mappings": [[1]]}'])
+def test_an_address_space_that_makes_no_sense_is_a_protocol_error(data):
+    destination = Destination(1 << 20)
+    with contextlib.closing(destination):
+        destination.make_memory(Hello(4096, bytes(16), ((0, 1 << 20),)))
+        destination.take_state("address space", data)
+        with pytest.raises(ProtocolError, match="address space makes no sense"):
+            destination.get_ready()
+
+
+def test_devices_without_state_and_other_memory_are_refused():
+    destination = Destination(1 << 20)
+    with contextlib.closing(destination):
+        with pytest.raises(VfioError, match="announced on the command line"):
+            destination.make_memory(Hello(4096, bytes(16), ((0, 1 << 60),)))
+        destination.make_memory(Hello(4096, bytes(16), ((0, 1 << 20),)))
+        with pytest.raises(ProtocolError, match="mappings did not come"):
+            destination.get_ready()
+        destination.take_state("address space", b'{"devices": ["0000:00:10.0"], "mappings": []}')
+        with pytest.raises(ProtocolError, match="state of 0000:00:10.0 did not come"):
+            destination.get_ready()
+        destination.take_state("0000:00:10.0", b'{"rate": 1}')
+        with pytest.raises(ProtocolError, match="0000:00:10.0 makes no sense"):
+            destination.get_ready()

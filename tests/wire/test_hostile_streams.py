@@ -193,6 +193,7 @@ TOP = (1 << 64) - 1
     (Forger().add(Kind.ACK, bytes(24)), "ACK came where"),
     (Forger(((0, 4096),)), "another shape"),
     (Forger(((0, 4096), (1 << 30, 4096))), "another shape"),
+    (Forger().add(Kind.STATE, b"\x01\0a" + bytes(16 << 20)), "too long for STATE"),
     (Forger().pages([(0, 1)], sequence=5), "frame 5 came, 1 was next"),
 ])
 def test_a_stream_that_lies_with_right_checksums_is_refused_before_it_touches_memory(forged, words, target):
@@ -200,6 +201,15 @@ def test_a_stream_that_lies_with_right_checksums_is_refused_before_it_touches_me
         replay(forged.data, target)
     untouched = OLD[:PGSIZE], b"F" * PGSIZE
     assert all(content[at:at + PGSIZE] in untouched for content in content_of(target) for at in range(0, 4096, PGSIZE))
+
+
+def test_states_without_end_are_refused(target):
+    forged = Forger()
+    body = b"\x01\0a" + bytes((16 << 20) - 3)
+    for _ in range(5):
+        forged.add(Kind.STATE, body)
+    with pytest.raises(ProtocolError, match="states of more than"):
+        replay(forged.data, target)
 
 
 def test_memory_that_the_destination_refuses_is_told_to_the_source():

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from .. import SoftwareGroup, open_backend
@@ -22,7 +23,7 @@ from ..devices.dma_writer import DmaWriter
 from ..errors import VfioError
 from ..memory import GuestMemory
 from ..migration import DirtyTracker, PageReceiver, SocketTransport
-from ..migration.stream import Hello
+from ..migration.stream import Hello, damaged
 from .demo_source import TIMEOUT, Writers
 
 _MADV_POPULATE_WRITE = 23
@@ -51,6 +52,17 @@ class Background(threading.Thread):
         self.join()
         if self._failure is not None:
             raise self._failure
+
+
+@contextlib.contextmanager
+def understanding(name: str) -> Iterator[None]:
+    """Turn the errors of a state that makes no sense into one of the stream."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as exc:
+        if isinstance(exc, VfioError):
+            raise
+        raise damaged(f"the state of {name} makes no sense: {exc!r}") from None
 
 
 class Destination:
@@ -85,20 +97,22 @@ class Destination:
     def take_state(self, name: str, data: bytes) -> None:
         """Keep a state; with that of the address space, map in the background."""
         if name == "address space" and self._mapping is None:
-            self._mapping = Background(self._map, json.loads(data))
+            self._mapping = Background(self._map, data)
         else:
             self._states[name] = data
 
-    def _map(self, plan: dict[str, Any]) -> None:
+    def _map(self, data: bytes) -> None:
         """Put devices on the memory, at the addresses they know."""
         assert self._populating is not None
         self._populating.finish()
-        self.writers = Writers([DmaWriter(address) for address in plan["devices"]])
-        backend = open_backend("software", groups=[SoftwareGroup(1, self.writers.devices)], memlock_limit=None)
-        self._parts.callback(backend.close)
-        self.ioas = self._parts.enter_context(IoAddressSpace(backend))
-        for iova, gpa, size in plan["mappings"]:
-            self.ioas.map(self.memory.region, iova, offset=gpa, size=size)
+        with understanding("the address space"):
+            plan = json.loads(data)
+            self.writers = Writers([DmaWriter(address) for address in plan["devices"]])
+            backend = open_backend("software", groups=[SoftwareGroup(1, self.writers.devices)], memlock_limit=None)
+            self._parts.callback(backend.close)
+            self.ioas = self._parts.enter_context(IoAddressSpace(backend))
+            for iova, gpa, size in plan["mappings"]:
+                self.ioas.map(self.memory.region, iova, offset=gpa, size=size)
 
     def get_ready(self) -> None:
         """Give the devices their states; they do not run yet."""
@@ -108,7 +122,8 @@ class Destination:
         for device in self.writers.devices:
             if device.address not in self._states:
                 raise error(errno.EPROTO, "migration_stream", hint=f"the state of {device.address} did not come")
-            device.set_state(self._states[device.address])
+            with understanding(device.address):
+                device.set_state(self._states[device.address])
 
     def close(self) -> None:
         """Let everything go."""

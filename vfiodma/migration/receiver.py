@@ -53,6 +53,7 @@ class PageReceiver:
         self.layout: MemoryLayout | None = None
         self.complete = False
         self.epoch = 0
+        self._state_bytes = 0
 
     def receive(self) -> None:
         """Receive everything up to the final epoch, and acknowledge it."""
@@ -128,6 +129,9 @@ class PageReceiver:
                     raise damaged("the first epoch did not bring all memory")
                 return bool(header.flags & stream.FINAL)
             if header.kind is Kind.STATE:
+                self._state_bytes += len(body)
+                if self._state_bytes > stream.MAX_STATES:
+                    raise damaged(f"states of more than {stream.MAX_STATES} bytes")
                 self._on_state(*stream.decode_state(body))
                 continue
             if header.block >= len(layout.blocks):

@@ -18,6 +18,7 @@ VERSION = 1
 CHUNK_BYTES = 1 << 20
 MAX_RUNS = 1 << 16
 MAX_BLOCKS = 1 << 12
+MAX_STATES = 64 << 20       # bytes of all states of a stream
 MAX_EPOCH = (1 << 16) - 2
 FINAL = 1       #: flag of END: the devices are stopped, this was the last epoch
 

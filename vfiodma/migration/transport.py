@@ -76,6 +76,7 @@ class SocketTransport:
     def receive_into(self, view: memoryview) -> None:
         """Fill the view."""
         view = view.cast("B")
+        size = len(view)
         deadline = time.monotonic() + self.timeout
         while view:
             try:
@@ -85,8 +86,8 @@ class SocketTransport:
             except OSError as exc:
                 raise self._lost(exc, "receive") from None
             if not got:
-                raise error(errno.EPROTO, "receive",
-                            hint=f"the stream ended {len(view)} bytes too early: the peer is gone")
+                where = "before it was complete" if len(view) == size else f"in a frame, {len(view)} bytes too early"
+                raise error(errno.EPROTO, "receive", hint=f"the peer closed the stream {where}")
             view = view[got:]
             if view and time.monotonic() >= deadline:
                 raise self._silent("receive")
