@@ -8,7 +8,7 @@ GIB = 1 << 30
 
 def simulate(size, bandwidth, dirty_rate, working_set, **options):
     """Run rounds over a machine that writes at a steady rate; return the decision, the rounds and the last amount."""
-    convergence = Convergence(**options)
+    convergence = Convergence(stopping=0.0, **options)
     left = size
     while True:
         seconds = left / bandwidth
@@ -52,7 +52,7 @@ def test_the_last_round_switches_when_it_fits():
 
 
 def test_the_prediction_keeps_a_margin():
-    convergence = Convergence(downtime_limit=0.1, margin=0.25, floor=1.0)
+    convergence = Convergence(downtime_limit=0.1, margin=0.25, floor=1.0, stopping=0.0)
     convergence.observe(GIB, 1.0, 0.0, 0)
     assert convergence.decide(int(0.09 * GIB)) is Step.CONTINUE
     convergence.observe(GIB, 1.0, 0.0, 0)
@@ -63,7 +63,7 @@ def test_fixed_costs_count():
     convergence = Convergence(downtime_limit=0.1)
     convergence.observe(GIB, 1.0, 0.2, 0)
     assert convergence.decide(0) is Step.CONTINUE
-    assert convergence.predicted == pytest.approx(0.2)
+    assert convergence.predicted == pytest.approx(0.2 + convergence.stopping)
 
 
 def test_short_rounds_hardly_change_the_bandwidth():
@@ -75,4 +75,4 @@ def test_short_rounds_hardly_change_the_bandwidth():
 
 def test_without_a_measurement_nothing_is_predicted():
     assert Convergence().predict(1) == float("inf")
-    assert Convergence().predict(0) == 0
+    assert Convergence(stopping=0.01).predict(0) == 0.01

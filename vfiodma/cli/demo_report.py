@@ -108,7 +108,7 @@ def findings(summary: dict[str, Any]) -> list[tuple[str, str]]:
     limit, update, there = summary["downtime_limit"], summary["vaddr_update"], summary["destination"]
     verdict = "within" if summary["within_limit"] else "ABOVE"
     if not summary["converged"]:
-        verdict += f"; it did not converge in {len(summary['rounds']) - 1} rounds: devices write more than can be moved"
+        verdict += f"; it did not converge in {len(summary['rounds']) - 1} rounds: devices write too much for it"
     last = "devices held back: the memories differ" if there is None else \
         f"{there['writes']:,} DMA writes to {there['dirty_pages']:,} pages in {there['seconds']} s"
     return [

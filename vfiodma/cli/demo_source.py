@@ -72,7 +72,9 @@ class Writers:
             device.start()
 
     def stop(self) -> None:
-        """Stop all."""
+        """Stop all, side by side."""
+        for device in self.devices:
+            device.halt()
         for device in self.devices:
             device.stop()
 

@@ -97,11 +97,15 @@ class DmaWriter:
             self._thread = threading.Thread(target=self._run, name=f"DMA of {self.address}", daemon=True)
             self._thread.start()
 
+    def halt(self) -> None:
+        """Ask it to stop; ``stop`` waits for it."""
+        self._stop.set()
+
     def stop(self) -> None:
         """Return when no DMA is under way and none will follow; raise what ended the thread, if something did."""
         thread, self._thread = self._thread, None
         if thread is not None:
-            self._stop.set()
+            self.halt()
             thread.join()
         if self._error is not None:
             failure, self._error = self._error, None

@@ -24,6 +24,8 @@ class Convergence:
         Seconds.
     max_rounds : int
         Rounds with running devices.
+    stopping : float
+        Seconds that devices take to stop and to hand over their state: a guess, part of every prediction.
     margin : float
         The prediction must keep the limit even when it is this share too low.
     floor : float
@@ -34,6 +36,7 @@ class Convergence:
 
     downtime_limit: float = 0.3
     max_rounds: int = 16
+    stopping: float = 0.002
     margin: float = 0.25
     floor: float = 0.005
     shrink: float = 0.6
@@ -70,8 +73,8 @@ class Convergence:
     def predict(self, nbytes: int) -> float:
         """Return the seconds of downtime for moving ``nbytes``."""
         if not nbytes:
-            return self.overhead
-        return self.overhead + nbytes / self.bandwidth if self.bandwidth else float("inf")
+            return self.stopping + self.overhead
+        return self.stopping + self.overhead + nbytes / self.bandwidth if self.bandwidth else float("inf")
 
     def decide(self, left: int) -> Step:
         """Decide with ``left`` bytes still to move.
