@@ -135,8 +135,8 @@ class VaddrHandoff:
 
         Notes
         -----
-        When mapping it again fails, the old addresses are restored and the error is raised.  Should the restore fail, the
-        vaddrs stay invalid: ``restore(handoff.memory)`` can be tried again.
+        When mapping it again fails, the old addresses are restored and the error is raised.  Should the restore fail,
+        the vaddrs stay invalid: ``restore(handoff.memory)`` can be tried again.
         """
         start = time.perf_counter()
         self.invalidate()
