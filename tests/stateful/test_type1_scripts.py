@@ -7,8 +7,6 @@ from oracle.twin import Memory, Twin
 MEMORY = Memory()
 BASE, TOP = 0x100000, 1 << 64
 WORD = (PAGE, 8, MEMORY.bitmap)
-#: The software backend differs from the oracle up to 6.12; take the mark off when it does not.
-OPEN = pytest.mark.xfail(strict=False, reason="the software backend differs up to 6.12")
 
 
 @pytest.fixture(params=list(KERNELS))
@@ -31,7 +29,6 @@ def set_up(twin, *groups, kind=3):
         twin.set_container(group, "c0")
 
 
-@OPEN
 def test_real_group_rejoins_emulated_container_over_a_mapping_beyond_its_aperture(twin):
     """The ranges end at 2**64 by then: kernels up to 6.12 find no mapping below that end, and fail in the replay."""
     set_up(twin, "g3", "g0")
@@ -40,7 +37,6 @@ def test_real_group_rejoins_emulated_container_over_a_mapping_beyond_its_apertur
     twin.set_container("g0", "c0")
 
 
-@OPEN
 @pytest.mark.parametrize("first", ["g3", "g4"])
 def test_nesting_container_refuses_later_groups_that_cannot_nest(twin, first):
     set_up(twin, first, "g0", kind=6)

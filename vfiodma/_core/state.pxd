@@ -110,7 +110,7 @@ cdef struct type1_t:
     pthread_rwlock_t iotlb
     pthread_cond_t valid                    # 5.12: somebody waits for a vaddr to be valid again
     int version
-    bint v2, tracking, dead
+    bint v2, nesting, tracking, dead
     bint container_closed                   # its descriptor is gone: nobody can make a vaddr valid any more
     rangemap *mappings                      # iova -> dma_t *
     dma_t *unfindable                       # up to 6.12: mappings that end at 2**64, which only ALL finds

@@ -101,11 +101,6 @@ cdef class IommuGroup:
         """Whether its devices are mediated."""
         return bool(self.group.emulated)
 
-    @property
-    def nestable(self):
-        """Whether its IOMMU can nest."""
-        return bool(self.group.nestable)
-
 
 cdef class Type1:
     """One Type1 or Type1v2 instance.
@@ -116,6 +111,8 @@ cdef class Type1:
         Whose behaviour to reproduce.
     v2 : bool
         Type1v2: mappings can't be split by an unmap.
+    nesting : bool
+        Every ordinary group's IOMMU must be able to nest.
     entry_limit : int
         Mappings that it may hold.
     memlock_limit : int
@@ -127,7 +124,7 @@ cdef class Type1:
     Source: drivers/vfio/vfio_iommu_type1.c behaviour of Linux 5.4 to 7.2.
     """
 
-    def __cinit__(self, str kernel, bint v2, unsigned entry_limit, int64_t memlock_limit):
+    def __cinit__(self, str kernel, bint v2, unsigned entry_limit, int64_t memlock_limit, bint nesting=False):
         self.kernel = kernel
         self.entry_limit = entry_limit
         self.listeners = []
@@ -135,6 +132,7 @@ cdef class Type1:
         self.t = type1_new(VERSIONS[kernel], v2, entry_limit, memlock_limit, <void *> self)
         if not self.t:
             raise MemoryError
+        self.t.nesting = nesting
 
     def __dealloc__(self):
         # In a forked child the pinned memory is the parent's, and the lock may have been held.

@@ -51,15 +51,13 @@ class ContainerFile:
         with self.vfio._lock:
             if not self.groups or self.type1 is not None:
                 raise error(errno.EINVAL, "set_iommu", hint="needs a group in the container, and can be done once")
-            if kind == abi.VFIO_TYPE1_NESTING_IOMMU and version <= VERSIONS["6.12"]:
-                if any(not group.iommu.emulated and not group.iommu.nestable for group in self.groups):
-                    raise error(errno.EINVAL, "set_iommu", hint="this IOMMU can't nest")
-            elif kind in self.refused_extensions(version):
+            if kind in self.refused_extensions(version):
                 raise error(errno.EINVAL, "set_iommu", hint="an extension, not an IOMMU type")
-            elif kind not in (abi.VFIO_TYPE1_IOMMU, abi.VFIO_TYPE1v2_IOMMU):
+            nesting = kind == abi.VFIO_TYPE1_NESTING_IOMMU and version <= VERSIONS["6.12"]
+            if not nesting and kind not in (abi.VFIO_TYPE1_IOMMU, abi.VFIO_TYPE1v2_IOMMU):
                 raise error(errno.ENODEV, "set_iommu", hint="types are 1 (Type1) and 3 (Type1v2)")
             v2 = kind != abi.VFIO_TYPE1_IOMMU
-            type1 = Type1(self.vfio.kernel, v2, self.vfio.dma_entry_limit, self.vfio._memlock_limit)
+            type1 = Type1(self.vfio.kernel, v2, self.vfio.dma_entry_limit, self.vfio._memlock_limit, nesting)
             try:
                 for group in reversed(self.groups):         # the kernel keeps the newest first
                     type1.attach(group.iommu)
