@@ -12,8 +12,8 @@ cdef int unmap_dma(type1_t *t, uint64_t iova, uint64_t size, uint32_t flags, uin
 cdef void remove_all(type1_t *t) noexcept nogil
 cdef dma_t *find_mapping(type1_t *t, uint64_t iova) noexcept nogil
 cdef int wait_until_valid(type1_t *t, uint64_t iova, bint everything) noexcept nogil
-cdef int count_page(type1_t *t, dma_t *dma, uint64_t iova) noexcept nogil
-cdef void uncount_page(dma_t *dma) noexcept nogil
+cdef int count_page(type1_t *t, dma_t *dma, uint64_t iova, bint *countable) noexcept nogil
+cdef void uncount_page(dma_t *dma, bint countable) noexcept nogil
 cdef uint64_t charged_pages() noexcept nogil
 cdef uint64_t process_locked_pages() noexcept nogil
 cdef void forget_charges() noexcept nogil

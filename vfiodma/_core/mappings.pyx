@@ -88,20 +88,20 @@ cdef uint64_t pins_of(const dma_t *dma) noexcept nogil:
     return rangemap_count(dma.pinned) if dma.pinned else 0
 
 
+cdef unsigned rules_of(const type1_t *t, const dma_t *dma) noexcept nogil:
+    cdef unsigned rules = PIN_WRITE if dma.prot & MAP_WRITE else 0
+    return rules | (PIN_ZERO_PAGE_FREE if t.version <= V6_1 else PIN_NO_WRITEBACK)
+
+
 cdef int pin_mapping(type1_t *t, dma_t *dma) noexcept nogil:
     """Pin the mapping's memory for the IOMMU and account it; pages that are pinned externally are accounted already."""
     cdef uint64_t allowed = memlock_allowed(t.memlock_limit, dma.lock_cap)
-    cdef uint64_t counted, external = pins_of(dma)
-    cdef unsigned rules = PIN_WRITE if dma.prot & MAP_WRITE else 0
+    cdef uint64_t counted, external = dma.countable
     cdef pin *pages = NULL
     cdef int err
-    if t.version <= V6_1:
-        rules |= PIN_ZERO_PAGE_FREE
-    else:
-        rules |= PIN_NO_WRITEBACK
     if allowed + external > allowed:
         allowed += external
-    err = pin_memory(dma.vaddr, dma.size, rules, allowed, &pages, &counted)
+    err = pin_memory(dma.vaddr, dma.size, rules_of(t, dma), allowed, &pages, &counted)
     if err:
         return err
     counted -= min(external, counted)
@@ -116,33 +116,38 @@ cdef int pin_mapping(type1_t *t, dma_t *dma) noexcept nogil:
 cdef void unpin_mapping(type1_t *t, dma_t *dma) noexcept nogil:
     """Take the mapping out of the IOMMU; what stays accounted is what is pinned externally."""
     cdef pin *pages = dma.pages
-    cdef uint64_t external = pins_of(dma)
     if not pages:
         return
     pthread_rwlock_wrlock(&t.iotlb)
     dma.pages = NULL
     pthread_rwlock_unlock(&t.iotlb)
     pin_release(pages)
-    memlock_uncharge(dma.locked - external)
-    dma.locked = external
+    memlock_uncharge(dma.locked - dma.countable)
+    dma.locked = dma.countable
 
 
-cdef int count_page(type1_t *t, dma_t *dma, uint64_t iova) noexcept nogil:
+cdef int count_page(type1_t *t, dma_t *dma, uint64_t iova, bint *countable) noexcept nogil:
     """Pin one page for an emulated device; it is accounted only where no IOMMU has it accounted."""
-    cdef pin *page = NULL
+    cdef uint64_t allowed = <uint64_t> -1 if iommu_mapped(dma) else memlock_allowed(t.memlock_limit, dma.lock_cap)
     cdef uint64_t counted
-    cdef int err = pin_memory(dma.vaddr + (iova - dma.iova), PS, PIN_WRITE if dma.prot & MAP_WRITE else 0,
-                              <uint64_t> -1 if iommu_mapped(dma) else memlock_allowed(t.memlock_limit, dma.lock_cap), &page, &counted)
+    cdef pin *page = NULL
+    cdef int err = pin_memory(dma.vaddr + (iova - dma.iova), PS, rules_of(t, dma), allowed, &page, &counted)
     if err:
         return err
     pin_release(page)
-    if not iommu_mapped(dma):
-        memlock_charge(1)
-        dma.locked += 1
+    countable[0] = counted != 0
+    if countable[0]:
+        dma.countable += 1
+        if not iommu_mapped(dma):
+            memlock_charge(1)
+            dma.locked += 1
     return 0
 
 
-cdef void uncount_page(dma_t *dma) noexcept nogil:
+cdef void uncount_page(dma_t *dma, bint countable) noexcept nogil:
+    if not countable:
+        return
+    dma.countable -= 1
     if not iommu_mapped(dma):
         memlock_uncharge(1)
         dma.locked -= 1

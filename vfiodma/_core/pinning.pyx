@@ -25,6 +25,7 @@ cdef enum:
 cdef int pin_one(type1_t *t, uint64_t iova, uint32_t prot) noexcept nogil:
     cdef dma_t *dma = find_mapping(t, iova)
     cdef rangemap_entry entry
+    cdef bint countable = False
     cdef int err
     if not dma:
         return -EINVAL
@@ -32,17 +33,17 @@ cdef int pin_one(type1_t *t, uint64_t iova, uint32_t prot) noexcept nogil:
         return -EPERM
     iova -= iova % PS
     if dma.pinned and rangemap_find(dma.pinned, iova, &entry):
-        return rangemap_set_value(dma.pinned, iova, entry.value + 1)
+        return rangemap_set_value(dma.pinned, iova, entry.value + 2)
     if not dma.pinned:
         dma.pinned = rangemap_new()
         if not dma.pinned:
             return -ENOMEM
-    err = count_page(t, dma, iova)
+    err = count_page(t, dma, iova, &countable)
     if err:
         return err
-    err = rangemap_insert(dma.pinned, iova, iova + PS - 1, 1)
+    err = rangemap_insert(dma.pinned, iova, iova + PS - 1, 3 if countable else 2)
     if err:
-        uncount_page(dma)
+        uncount_page(dma, countable)
         return err
     dirty_mark(t, dma, iova, PS)
     return 0
@@ -83,11 +84,11 @@ cdef void unpin_pages(type1_t *t, uint64_t iova, uint64_t npages) noexcept nogil
         dma = find_mapping(t, at)
         if not dma or not dma.pinned or not rangemap_find(dma.pinned, at, &entry):
             continue
-        if entry.value > 1:
-            rangemap_set_value(dma.pinned, entry.start, entry.value - 1)
+        if entry.value >= 4:
+            rangemap_set_value(dma.pinned, entry.start, entry.value - 2)
         else:
             rangemap_remove(dma.pinned, entry.start, &entry)
-            uncount_page(dma)
+            uncount_page(dma, entry.value & 1)
 
 
 cdef int dma_rw(type1_t *t, uint64_t iova, void *data, uint64_t size, bint write) noexcept nogil:

@@ -78,7 +78,8 @@ cdef struct dma_t:                          # one mapping
     uint64_t iova, vaddr, size
     uint64_t locked                         # pages that it accounts
     pin *pages                              # how devices reach it; NULL = not mapped in an IOMMU
-    rangemap *pinned                        # externally pinned pages: iova -> reference count; NULL = none yet
+    rangemap *pinned                        # externally pinned pages: iova -> references << 1 | countable; NULL = none yet
+    uint64_t countable                      # pinned pages that can be accounted: not the zero page
     uint64_t *bitmap                        # raw words as the kernel keeps them, one u64 more than needed; NULL = not tracked
     uint64_t bitmap_words
     dma_t *next                             # in the list of unfindable mappings
