@@ -468,7 +468,7 @@ def test_on_5_12_emulated_dma_ends_its_wait_when_the_container_is_closed(waiting
     assert "memory is gone" in results[0]
 
 
-def test_from_6_1_emulated_dma_is_busy_while_a_vaddr_is_invalid():
+def test_from_6_1_vaddrs_stay_valid_while_an_emulated_group_is_attached():
     """An emulated group may join only while every vaddr is valid, so only a real one that is there first can lead here."""
     device = Mediated()
     groups = [SoftwareGroup(1, [ADDRESS]), SoftwareGroup(5, [device], emulated=True)]
