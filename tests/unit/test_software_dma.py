@@ -422,7 +422,7 @@ def test_the_edu_device_moves_bytes_both_ways_and_computes():
 
 @pytest.fixture
 def waiting():
-    """A 5.12 container whose only mapping has an invalid vaddr, and a thread that reads it through an emulated device."""
+    """A 5.12 container whose only vaddr is invalid, and a thread that reads it through an emulated device."""
     device = Mediated()
     with open_backend("software", kernel="5.12", groups=[SoftwareGroup(5, [device], emulated=True)],
                       memlock_limit=None) as backend:
@@ -469,7 +469,7 @@ def test_on_5_12_emulated_dma_ends_its_wait_when_the_container_is_closed(waiting
 
 
 def test_from_6_1_vaddrs_stay_valid_while_an_emulated_group_is_attached():
-    """An emulated group may join only while every vaddr is valid, so only a real one that is there first can lead here."""
+    """Vaddrs can't be invalidated at all while an emulated group is attached."""
     device = Mediated()
     groups = [SoftwareGroup(1, [ADDRESS]), SoftwareGroup(5, [device], emulated=True)]
     with open_backend("software", kernel="6.1", groups=groups, memlock_limit=None) as backend:
