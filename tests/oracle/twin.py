@@ -28,11 +28,15 @@ libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 libc.capget.argtypes = libc.capset.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
 
+#: A mapping may lead beyond the end (nobody checks a new vaddr): nothing of the process may stand there.
+END_SIZE = 64 << 20
+
+
 class Memory:
     """Private anonymous memory with a hole behind each part, and its image for the oracle."""
 
     def __init__(self):
-        size = ARG_SIZE + PAGE + BITMAP_SIZE + PAGE + (DATA_PAGES + READONLY_PAGES) * PAGE + PAGE
+        size = ARG_SIZE + PAGE + BITMAP_SIZE + PAGE + (DATA_PAGES + READONLY_PAGES) * PAGE + END_SIZE
         self.map = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.map.madvise(MADV_NOHUGEPAGE)
         self.arg = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
@@ -40,8 +44,8 @@ class Memory:
         self.data = self.bitmap + BITMAP_SIZE + PAGE
         self.readonly = self.data + DATA_PAGES * PAGE
         end = self.readonly + READONLY_PAGES * PAGE
-        for hole in (self.bitmap - PAGE, self.data - PAGE, end):
-            libc.mprotect(hole, PAGE, 0)
+        for hole, size in ((self.bitmap - PAGE, PAGE), (self.data - PAGE, PAGE), (end, END_SIZE)):
+            libc.mprotect(hole, size, 0)
         libc.mprotect(self.readonly, READONLY_PAGES * PAGE, mmap.PROT_READ)
 
     def image(self):
