@@ -1,6 +1,7 @@
 """A backend without an IOMMU, and failures at the n-th step, for tests of what stands on a backend."""
 import errno
 
+from vfiodma import errors
 from vfiodma._core.errno import error
 from vfiodma.types import Capabilities, IovaRange
 
@@ -126,3 +127,24 @@ def state(ioas):
 def count_keepers(table, row):
     keeper = table.tags.find(row.iova)[2] >> 3
     return table._keepers[keeper][1] if keeper else None
+
+
+def refused(number, call, *arguments, **options):
+    """Call, and return the error, which has this errno."""
+    try:
+        call(*arguments, **options)
+    except errors.VfioError as exc:
+        assert exc.errno == number, exc
+        exc.__traceback__ = None
+        return exc
+    raise AssertionError("no error")
+
+
+def recorder(seen, name, fail=()):
+    def listen(kind):
+        def call(mapping):
+            seen.append((name, kind, mapping.iova))
+            if kind in fail:
+                raise Failure
+        return call
+    return {kind: listen(kind) for kind in ("mapped", "unmapping", "unmapped")}
