@@ -1,6 +1,7 @@
 """The raw door of the software VFIO beyond the recorded scenarios: descriptors, forks, threads, bad arguments."""
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import struct
@@ -11,6 +12,7 @@ import pytest
 
 from vfiodma import SoftwareGroup, SoftwareVfio, open_backend
 from vfiodma.errors import ClosedError, ForkedError, InvalidArgumentError, UnsupportedError, VfioError
+from vfiodma.types import IovaRange
 from vfiodma.uapi import vfio as abi
 
 PAGE = 4096
@@ -325,3 +327,57 @@ def test_bad_options_are_refused(options):
 def test_bad_groups_are_refused(options):
     with pytest.raises(ValueError):
         SoftwareGroup(0, [], **options)
+
+
+def test_an_instance_outlives_the_object_that_made_its_groups():
+    type1 = open_backend("software", memlock_limit=None).type1
+    gc.collect()
+    type1.close()
+    assert type1.dead
+
+
+def test_an_error_while_ranges_are_listed_leaves_the_instance_usable(monkeypatch):
+    with open_backend("software", memlock_limit=None) as backend:
+        with monkeypatch.context() as patch:
+            patch.setattr(IovaRange, "__init__", lambda *_: backend.type1.unmap_all() and None or 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                backend.iova_ranges()
+        assert backend.iova_ranges()
+
+
+def test_groups_without_a_common_page_size_can_not_share_a_container(memory):
+    groups = [SoftwareGroup(0, [], pgsizes=0x1000), SoftwareGroup(1, [], pgsizes=0x200000)]
+    assert failure(lambda: open_backend("software", groups=groups)) == errno.EINVAL
+
+
+@pytest.mark.parametrize("fails", ["connect", "disconnect"])
+def test_a_device_that_raises_leaves_nothing_behind(fails):
+    class Device:
+        address = "mdev-0"
+
+        def connect(self, port):
+            if fails == "connect":
+                raise RuntimeError(fails)
+
+        def disconnect(self):
+            if fails == "disconnect":
+                raise RuntimeError(fails)
+
+        def dma_unmap(self, iova, size):
+            pass
+
+    vfio = SoftwareVfio(groups=[SoftwareGroup(0, [Device()], emulated=True)])
+    container, group = opened(vfio)
+    name = ctypes.create_string_buffer(b"mdev-0")
+    with pytest.raises(RuntimeError):
+        vfio.close(vfio.ioctl(group, abi.VFIO_GROUP_GET_DEVICE_FD, ctypes.addressof(name)))
+    assert vfio.ioctl(group, abi.VFIO_GROUP_UNSET_CONTAINER) == 0
+    vfio.close(group)
+    vfio.close(container)
+
+
+def test_huge_numbers_are_refused_or_clamped_not_overflown():
+    assert failure(SoftwareVfio().open, "/dev/vfio/" + "1" * 5000) == errno.ENOENT
+    with pytest.raises(ValueError, match="number"):
+        SoftwareGroup(2**40, [])
+    open_backend("software", memlock_limit=2**64).close()

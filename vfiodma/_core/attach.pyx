@@ -113,12 +113,16 @@ cdef bint enforces_coherency(const type1_t *t) noexcept nogil:
     return True
 
 
-cdef void update_pgsizes(type1_t *t) noexcept nogil:
-    cdef uint64_t sizes = <uint64_t> -1
+cdef uint64_t common_pgsizes(const type1_t *t, uint64_t sizes) noexcept nogil:
     cdef domain_t *domain = t.domains
     while domain:
         sizes &= domain.pgsizes
         domain = domain.next
+    return sizes
+
+
+cdef void update_pgsizes(type1_t *t) noexcept nogil:
+    cdef uint64_t sizes = common_pgsizes(t, <uint64_t> -1)
     if sizes & (PS - 1):
         sizes = sizes & ~<uint64_t> (PS - 1) | PS
     t.pgsizes = sizes
@@ -215,6 +219,8 @@ cdef int attach_to_iommu(type1_t *t, group_t *group, range_list *ranges) noexcep
         return -EPERM
     domain = compatible_domain(t, group)
     if not domain:
+        if not common_pgsizes(t, group.pgsizes):
+            return -EINVAL              # no page size would be left to map or to count with
         domain = <domain_t *> calloc(1, sizeof(domain_t))
         if not domain:
             return -ENOMEM

@@ -13,6 +13,7 @@ cdef class Type1:
     cdef type1_t *t
     cdef unsigned generation            # of the process that made it: a forked child has a higher one
     cdef list listeners
+    cdef set groups                     # attached: their C side is linked into t
     cdef readonly str kernel
     cdef readonly unsigned entry_limit
 

@@ -128,6 +128,7 @@ cdef class Type1:
         self.kernel = kernel
         self.entry_limit = entry_limit
         self.listeners = []
+        self.groups = set()
         self.generation = fork_generation
         self.t = type1_new(VERSIONS[kernel], v2, entry_limit, memlock_limit, <void *> self)
         if not self.t:
@@ -218,10 +219,12 @@ cdef class Type1:
         if group.owner is not None:
             raise_errno(EINVAL, "attach")
         self.enter("attach")
+        self.groups.add(group)              # before it is linked: it must outlive that
         with nogil:
             err = attach_group(self.t, &group.group)
             self.leave()
         if err:
+            self.groups.discard(group)
             self.fail(err, "attach")
         group.owner = self
 
@@ -234,6 +237,7 @@ cdef class Type1:
             detach_group(self.t, &group.group)
             self.leave()
         group.owner = None
+        self.groups.discard(group)
 
     def add_unmap_listener(self, callback):
         """Have ``callback(iova, size)`` called when an unmap needs pinned pages back; it must unpin them."""
@@ -620,10 +624,14 @@ cdef class Type1:
     def iova_ranges(self):
         """Return the valid ranges as a tuple of IovaRange, ascending; empty = no restriction."""
         cdef size_t i
+        cdef list bounds
         self.enter("iova_ranges")
-        ranges = [IovaRange(self.t.ranges[i].start, self.t.ranges[i].last) for i in range(self.t.nranges)]
-        self.leave()
-        return tuple(ranges)
+        try:
+            bounds = [(self.t.ranges[i].start, self.t.ranges[i].last) for i in range(self.t.nranges)]
+        finally:
+            self.leave()
+        # Without the lock: this runs Python code, which may raise or come back here.
+        return tuple([IovaRange(start, last) for start, last in bounds])
 
     def mappings(self):
         """Return an (n, 5) uint64 array of (iova, vaddr, size, prot, vaddr valid), by iova."""

@@ -173,7 +173,11 @@ class Group:
             port = DmaPort(self.container.type1, self.iommu, address)
             if self.iommu.emulated and hasattr(device, "dma_unmap"):
                 self.container.type1.add_unmap_listener(device.dma_unmap)
-            device.connect(port)
+            try:
+                device.connect(port)
+            except BaseException:
+                self._cut_off(device, port)
+                raise
             self.ports[address] = port
         fd = self.vfio._new_fd(DeviceFile(self, device))
         self.open_devices[address] = self.open_devices.get(address, 0) + 1
@@ -184,11 +188,16 @@ class Group:
         if self.open_devices[device.address]:
             return
         del self.open_devices[device.address]
-        device.disconnect()
-        self.ports.pop(device.address).disconnect()
+        try:
+            device.disconnect()
+        finally:
+            self._cut_off(device, self.ports.pop(device.address))
+            self.leave_if_unused()
+
+    def _cut_off(self, device, port):
+        port.disconnect()
         if self.iommu.emulated and hasattr(device, "dma_unmap") and self.container is not None:
             self.container.type1.remove_unmap_listener(device.dma_unmap)
-        self.leave_if_unused()
 
     def leave_if_unused(self):
         if not self.in_use and self.container is not None:

@@ -29,8 +29,8 @@ class SoftwareGroup:
 
     def __init__(self, number, devices, *, aperture=(0, (1 << 39) - 1), reserved=((0xFEE00000, 0xFEEFFFFF),),
                  pgsizes=0x40201000, emulated=False, coherent=True, msi_isolated=True, nestable=False):
-        if not isinstance(number, int) or number < 0:
-            raise ValueError("a group's number is a non-negative integer")
+        if not isinstance(number, int) or not 0 <= number < 1 << 31:
+            raise ValueError("a group's number is an integer of 0 ... 2**31 - 1")
         if not emulated:
             if not 0 <= aperture[0] <= aperture[1] < 1 << 64:
                 raise ValueError("aperture is (first, last) with 0 <= first <= last < 2**64")

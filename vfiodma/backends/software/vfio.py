@@ -48,6 +48,7 @@ class SoftwareVfio:
         self._memlock_limit = {"process": _MEMLOCK_PROCESS, None: _MEMLOCK_UNLIMITED}.get(memlock_limit, memlock_limit)
         if not isinstance(self._memlock_limit, int) or self._memlock_limit < _MEMLOCK_UNLIMITED:
             raise ValueError('memlock_limit is "process", None or a number of bytes')
+        self._memlock_limit = min(self._memlock_limit, (1 << 63) - 1)
         self._lock = threading.RLock()
         self._groups = {group.number: Group(self, group) for group in groups}
         self._files = {}
@@ -101,7 +102,7 @@ class SoftwareVfio:
             if path == "/dev/vfio/vfio":
                 return self._new_fd(ContainerFile(self))
             folder, _, name = path.rpartition("/")
-            group = self._groups.get(int(name)) if folder == "/dev/vfio" and name.isascii() and name.isdigit() else None
+            group = self._groups.get(int(name)) if folder == "/dev/vfio" and name.isascii() and name.isdigit() and len(name) < 20 else None
             if group is None or str(group.config.number) != name:
                 raise VfioError(errno.ENOENT, operation="open", hint=f"{path}: there is /dev/vfio/vfio and "
                                 f"/dev/vfio/ with {', '.join(map(str, self._groups)) or 'no group'}")
