@@ -477,3 +477,32 @@ def test_from_6_1_vaddrs_stay_valid_while_an_emulated_group_is_attached():
         backend.map_dma(IOVA, memory.vaddr, PAGE, 3)
         with pytest.raises(BusyError):
             backend.invalidate_vaddr()
+
+
+def test_dma_does_not_go_round_the_end_of_the_address_space():
+    groups = [SoftwareGroup(0, [ADDRESS], aperture=(0, 2**64 - 1), reserved=[])]
+    with open_backend("software", groups=groups, memlock_limit=None) as backend:
+        port, memory = backend.ports[ADDRESS], Memory(2 * PAGE)
+        backend.map_dma(2**64 - PAGE, memory.vaddr, PAGE, 3)
+        backend.map_dma(0, memory.vaddr + PAGE, PAGE, 3)
+        with pytest.raises(MemoryFaultError, match="not mapped"):
+            port.write(2**64 - 4, b"12345678")
+        assert memory.map[PAGE - 4:PAGE] == b"1234" and memory.map[PAGE:PAGE + 4] == bytes(4)
+
+
+def test_a_bitmap_that_is_too_small_or_a_range_off_the_page_grid_is_refused(port):
+    port.start_logging([(IOVA, 128 * PAGE)])
+    for iova, size, room in ((IOVA, 128 * PAGE, 8), (IOVA + 1, PAGE, 8), (IOVA, 0, 8), (IOVA, PAGE + 1, 8)):
+        with pytest.raises(InvalidArgumentError):
+            port.harvest(iova, size, bytearray(room))
+
+
+def test_a_device_that_fails_to_connect_leaves_no_descriptor():
+    class Broken(Mediated):
+        def connect(self, port):
+            raise RuntimeError("no")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(RuntimeError):
+        open_backend("software", groups=[SoftwareGroup(5, [Broken()], emulated=True)])
+    assert len(os.listdir("/proc/self/fd")) == before

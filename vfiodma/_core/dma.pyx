@@ -86,6 +86,7 @@ cdef class DmaPort:
     # ---- access
 
     cdef int access(self, type1_t *t, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
+        cdef uint64_t reach
         cdef int err
         if self.emulated:
             pthread_mutex_lock(&t.lock)
@@ -93,11 +94,13 @@ cdef class DmaPort:
             pthread_mutex_unlock(&t.lock)
             done[0] = 0 if err else size
             return err
-        err = device_access(t, iova, data, size, write, done)
+        # Addresses do not go round: what would continue at 0 is a fault there.
+        reach = size if size == 0 or iova + size - 1 >= iova else 0 - iova
+        err = device_access(t, iova, data, reach, write, done)
         # Logged after the bytes are there: whoever harvests the bit finds them.
         if write and done[0]:
             self.mark(iova, done[0])
-        return err
+        return err if err or reach == size else -EINVAL
 
     cdef Type1 connected(self, str operation):
         cdef Type1 type1 = self.type1
@@ -282,6 +285,15 @@ cdef class DmaPort:
         self.log = log
         pthread_rwlock_unlock(&self.log_lock)
 
+    cdef const char *refuse_harvest(self, uint64_t iova, uint64_t size, uint64_t room) noexcept nogil:
+        if self.log == NULL:
+            return b"the log is off"
+        if size == 0 or iova + size - 1 < iova or iova % self.pgsize or size % self.pgsize:
+            return b"the range is a multiple of the log's page size"
+        if room < (size // self.pgsize + 63) // 64 * 8:
+            return b"the bitmap is too small"
+        return NULL
+
     def harvest(self, iova, size, into):
         """OR the pages written in ``[iova, iova + size)`` into ``into`` and clear them here.
 
@@ -304,27 +316,27 @@ cdef class DmaPort:
         """
         cdef Py_buffer view
         cdef uint64_t first = u64("harvest", iova), length = u64("harvest", size)
-        cdef uint64_t last = first + length - 1, low, high, found = 0
+        cdef uint64_t last = first + length - 1, low, high, bit, found = 0
+        cdef const char *refusal
         cdef uint64_t *words
         cdef size_t i
         PyObject_GetBuffer(into, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
-            if self.log == NULL:
-                raise_errno(EINVAL, "harvest", iova, size, "the log is off")
-            if length == 0 or last < first or first % self.pgsize or length % self.pgsize:
-                raise_errno(EINVAL, "harvest", iova, size, f"the range is a multiple of {self.pgsize}")
-            if <uint64_t> view.len < (length // self.pgsize + 63) // 64 * 8:
-                raise_errno(EINVAL, "harvest", iova, size, "the bitmap is too small")
             words = <uint64_t *> view.buf
             with nogil:
+                # The page size and with it the bitmap's size hold only under the lock: the log may be started anew.
                 pthread_rwlock_rdlock(&self.log_lock)
-                for i in range(self.nranges if self.log else 0):
+                refusal = self.refuse_harvest(first, length, view.len)
+                for i in range(0 if refusal else self.nranges):
                     low = max(first, self.ranges[i].start)
                     high = min(last, self.ranges[i].last)
                     if low <= high:
-                        found += dirtylog_harvest(self.log, self.ranges[i].first_bit + (low - self.ranges[i].start) // self.pgsize,
-                                                  (high - low) // self.pgsize + 1, words, (low - first) // self.pgsize)
+                        bit = self.ranges[i].first_bit + (low - self.ranges[i].start) // self.pgsize
+                        found += dirtylog_harvest(self.log, bit, (high - low) // self.pgsize + 1, words,
+                                                  (low - first) // self.pgsize)
                 pthread_rwlock_unlock(&self.log_lock)
+            if refusal:
+                raise_errno(EINVAL, "harvest", iova, size, refusal.decode())
         finally:
             PyBuffer_Release(&view)
         return found

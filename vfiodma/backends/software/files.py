@@ -169,6 +169,7 @@ class Group:
             raise error(errno.ENODEV, "group_get_device_fd", hint=f"no device {address} in group {self.config.number}")
         if self.container is None or self.container.type1 is None:
             raise error(errno.EINVAL, "group_get_device_fd", hint="the group needs a container with an IOMMU set")
+        fd = self.vfio._new_fd(DeviceFile(self, device))
         if address not in self.ports:
             port = DmaPort(self.container.type1, self.iommu, address)
             if self.iommu.emulated and hasattr(device, "dma_unmap"):
@@ -177,9 +178,9 @@ class Group:
                 device.connect(port)
             except BaseException:
                 self._cut_off(device, port)
+                self.vfio._forget_fd(fd)
                 raise
             self.ports[address] = port
-        fd = self.vfio._new_fd(DeviceFile(self, device))
         self.open_devices[address] = self.open_devices.get(address, 0) + 1
         return fd
 

@@ -88,6 +88,10 @@ class SoftwareVfio:
         self._files[fd] = file
         return fd
 
+    def _forget_fd(self, fd):
+        del self._files[fd]
+        os.close(fd)
+
     def open(self, path):
         """Open /dev/vfio/vfio or /dev/vfio/<group>; return a descriptor.
 
@@ -102,8 +106,8 @@ class SoftwareVfio:
             if path == "/dev/vfio/vfio":
                 return self._new_fd(ContainerFile(self))
             folder, _, name = path.rpartition("/")
-            group = self._groups.get(int(name)) if folder == "/dev/vfio" and name.isascii() and name.isdigit() and len(name) < 20 else None
-            if group is None or str(group.config.number) != name:
+            group = next((group for number, group in self._groups.items() if str(number) == name), None)
+            if group is None or folder != "/dev/vfio":
                 raise VfioError(errno.ENOENT, operation="open", hint=f"{path}: there is /dev/vfio/vfio and "
                                 f"/dev/vfio/ with {', '.join(map(str, self._groups)) or 'no group'}")
             if group.in_use:
@@ -153,8 +157,7 @@ class SoftwareVfio:
             file.descriptor_closed()        # without the lock: an attach may hold it, waiting for a vaddr
         with self._lock:
             file = self._file(fd, "close")
-            del self._files[fd]
-            os.close(fd)
+            self._forget_fd(fd)
             if isinstance(file, DeviceFile):
                 file.group.close_device(file.device)
             else:
