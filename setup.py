@@ -19,6 +19,7 @@ KERNELS = {
     "ioctl": ["usercopy", "rangemap"],
     "dma": ["dirtylog", "bitmap", "bitmap_x86", "bitmap_arm", "rangemap"],
     "type1": ["rangemap"],
+    "kernel": [],
 }
 
 SANITIZE = os.environ.get("VFIODMA_SANITIZE")       # e.g. "address,undefined"

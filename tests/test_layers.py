@@ -14,13 +14,15 @@ PACKAGE = Path(vfiodma.__file__).parent
 # Each room and the rooms that it may import, besides itself.
 LEAVES = {"errors", "types"}
 PLAIN = LEAVES | {"protocols", "uapi"}
-MIDDLE = PLAIN | {"_core", "address_space", "memory", "devices", "hostinfo"}
+MIDDLE = PLAIN | {"_core", "address_space", "memory", "devices", "hostinfo", "kernel"}
 ALLOWED = {
     "errors": set(), "types": set(), "uapi": set(),
     "protocols": LEAVES,
     "hostinfo": LEAVES | {"uapi"},
     "_core": LEAVES | {"uapi"},
-    "backends": PLAIN | {"_core"},
+    "kernel": PLAIN | {"_core", "hostinfo"},
+    "sources": PLAIN | {"_core"},
+    "backends": PLAIN | {"_core", "hostinfo", "kernel", "sources"},
     "address_space": MIDDLE | {"backends"},         # of backends only open_backend: see below
     "memory": MIDDLE, "devices": MIDDLE,
     "migration": MIDDLE, "liveupdate": MIDDLE,

@@ -16,10 +16,12 @@ _HOME = {
     "DirtyBitmap": "_core.bitmap", "DirtyLog": "_core.bitmap",
     "RangeMap": "_core.rangemap",
     "SoftwareVfio": "backends.software", "SoftwareGroup": "backends.software",
+    "Type1Container": "backends.type1", "KernelVfio": "kernel",
     "open_backend": "backends",
     "VaddrHandoff": "liveupdate",
     "DirtyTracker": "migration.tracker", "PrecopySource": "migration.precopy", "PageReceiver": "migration.receiver",
-    "Capabilities": "types", "DmaFault": "types", "IovaRange": "types", "Mapping": "types", "Prot": "types",
+    "Capabilities": "types", "DeviceLocation": "types",
+    "DmaFault": "types", "IovaRange": "types", "Mapping": "types", "Prot": "types",
     "VfioError": "errors",
 }
 __all__ = [*_HOME, "__version__"]

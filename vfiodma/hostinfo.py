@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .types import IovaRange
+from .errors import NoDeviceError
+from .types import DeviceLocation, IovaRange
 from .uapi import vfio
+from .uapi.caps import capability_chain
 
 CAP_IPC_LOCK = 14
 CAP_SYS_PTRACE = 19
@@ -201,6 +203,36 @@ def iommu_groups(root: Path | str = "/") -> tuple[Group, ...]:
         for name in _names(folder) if name.isdigit())
 
 
+def device_location(address: str, root: Path | str = "/") -> DeviceLocation:
+    """Find the group, driver and nodes of a PCI device.
+
+    Raises
+    ------
+    NoDeviceError
+        ENODEV: there is no such device, or it has no IOMMU group.
+
+    Notes
+    -----
+    Source: /sys/bus/pci/devices/<address>/{iommu_group,driver,vfio-dev}.
+    """
+    root = Path(root)
+    place = root / "sys/bus/pci/devices" / address
+    if "/" in address or not place.exists():
+        raise NoDeviceError(errno.ENODEV, operation="find_device",
+                            hint=f"there is no PCI device {address!r}: give an address as lspci -D lists them, "
+                                 "for example 0000:00:10.0")
+    if not (place / "iommu_group").exists():
+        raise NoDeviceError(errno.ENODEV, operation="find_device", hint=f"{address} has no IOMMU group: "
+                            "enable the IOMMU in the firmware and, on Intel, boot with intel_iommu=on")
+    group = (place / "iommu_group").resolve()
+    noiommu = _text(group / "name") == "vfio-noiommu"
+    members = {name: _device(group / "devices" / name).driver for name in _names(group / "devices")}
+    cdevs = _names(place / "vfio-dev")
+    return DeviceLocation(
+        address, int(group.name), f"/dev/vfio/{'noiommu-' if noiommu else ''}{group.name}",
+        f"/dev/vfio/devices/{cdevs[0]}" if cdevs else None, noiommu, members.pop(address, None), tuple(members.items()))
+
+
 def huge_pages(root: Path | str = "/") -> tuple[HugePages, ...]:
     """List the pools of huge pages.
 
@@ -220,19 +252,15 @@ def huge_pages(root: Path | str = "/") -> tuple[HugePages, ...]:
 
 def parse_info(data: bytes, group: int) -> ContainerInfo:
     """Read what VFIO_IOMMU_GET_INFO wrote: struct vfio_iommu_type1_info and its chain of capabilities."""
-    _, _, pgsizes, offset = struct.unpack_from("=IIQI", data)
+    _, _, pgsizes, first = struct.unpack_from("=IIQI", data)
     ranges: tuple[IovaRange, ...] = ()
     avail = None
-    seen = set()
-    while offset and offset not in seen and offset + 8 <= len(data):
-        seen.add(offset)
-        kind, _, following = struct.unpack_from("=HHI", data, offset)
+    for kind, _, offset in capability_chain(data, first):
         if kind == vfio.VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE:
             count, = struct.unpack_from("=I", data, offset + 8)
             ranges = tuple(IovaRange(*struct.unpack_from("=QQ", data, offset + 16 + 16 * i)) for i in range(count))
         elif kind == vfio.VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL:
             avail, = struct.unpack_from("=I", data, offset + 8)
-        offset = following
     return ContainerInfo(group, pgsizes, ranges, avail)
 
 

@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from .types import Capabilities, IovaRange
+from .types import Capabilities, DeviceLocation, IovaRange
 
 
 @runtime_checkable
@@ -72,6 +72,44 @@ class SupportsDma(Protocol):
 
     def dma_write(self, iova: int, data: Any) -> None:
         """Write as a device writes."""
+
+
+@runtime_checkable
+class VfioSystem(Protocol):
+    """The system calls that VFIO needs: the running kernel's, or those of a software VFIO in this process.
+
+    Descriptors are numbers; failures are VfioError with the kernel's errno.
+    """
+
+    def open(self, path: str) -> int:
+        """Open /dev/vfio/vfio, /dev/vfio/<group>, /dev/iommu or /dev/vfio/devices/<name>."""
+
+    def ioctl(self, fd: int, request: int, arg: int = 0) -> int:
+        """Do ioctl(2); ``arg`` is a value, or an address in this process."""
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """Read a device's registers."""
+
+    def pwrite(self, fd: int, data: Any, offset: int) -> int:
+        """Write a device's registers; return the bytes written."""
+
+    def mmap(self, fd: int, size: int, offset: int, prot: int = 3) -> Any:
+        """Map a device's registers; return a buffer of ``size`` bytes (Prot bits: readable, writable)."""
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+
+    def find_device(self, address: str) -> DeviceLocation:
+        """Find the group, driver and nodes of a PCI device; ENODEV where there is none."""
+
+
+class OpensDevices(Protocol):
+    """A container that hands out the devices of its groups."""
+
+    system: VfioSystem
+
+    def open_device_fd(self, address: str) -> int:
+        """Open a device of the container; the caller closes the descriptor with ``system.close``."""
 
 
 @runtime_checkable

@@ -33,6 +33,18 @@ class Mapping(NamedTuple):
     prot: Prot
 
 
+class DeviceLocation(NamedTuple):
+    """Where a device stands: its IOMMU group and the nodes that lead to it."""
+
+    address: str                                #: "0000:00:10.0"
+    group: int                                  #: number of its IOMMU group
+    group_path: str                             #: "/dev/vfio/7", "/dev/vfio/noiommu-7"
+    cdev: str | None                            #: "/dev/vfio/devices/vfio0"; None = the kernel has none
+    noiommu: bool                               #: no IOMMU stands between the device and memory
+    driver: str | None                          #: None = no driver is bound
+    siblings: tuple[tuple[str, str | None], ...]    #: (address, driver) of the group's other devices
+
+
 class DmaFault(NamedTuple):
     """A DMA access that the software IOMMU refused; nothing was moved past the faulting page."""
 

@@ -358,27 +358,27 @@ def test_a_bad_pin_is_refused_and_leaves_nothing_pinned(mediated, iova, npages, 
     backend, memory = mediated.backend, Memory(16 * PAGE)
     backend.map_dma(IOVA, memory.vaddr, 16 * PAGE, 1)
     backend.start_dirty()
-    before = backend.vfio.locked_pages()
+    before = backend.system.locked_pages()
     with pytest.raises(VfioError) as caught:
         mediated.port.pin_pages(iova, npages, prot)
     assert caught.value.errno == code
-    assert backend.vfio.locked_pages() == before
+    assert backend.system.locked_pages() == before
     backend.read_dirty(IOVA, 16 * PAGE, bytearray(8))
     assert dirty(backend, 16) == []
 
 
 def test_pins_count_as_locked_pages_only_where_no_iommu_has_them_counted(mediated):
     backend, memory = mediated.backend, Memory(4 * PAGE)
-    before = backend.vfio.locked_pages()
+    before = backend.system.locked_pages()
     backend.map_dma(IOVA, memory.vaddr, 4 * PAGE, 3)
-    assert backend.vfio.locked_pages() == before
+    assert backend.system.locked_pages() == before
     mediated.port.pin_pages(IOVA, 2, 3)
     mediated.port.pin_pages(IOVA, 1, 3)
-    assert backend.vfio.locked_pages() == before + 2
+    assert backend.system.locked_pages() == before + 2
     mediated.port.unpin_pages(IOVA, 2)
-    assert backend.vfio.locked_pages() == before + 1
+    assert backend.system.locked_pages() == before + 1
     mediated.port.unpin_pages(IOVA, 1)
-    assert backend.vfio.locked_pages() == before
+    assert backend.system.locked_pages() == before
 
 
 def test_vaddr_update_is_refused_while_an_emulated_group_is_attached(mediated):

@@ -181,9 +181,9 @@ def test_what_was_opened_before_a_fork_fails_clearly_in_the_child(memory):
 
 def test_locked_pages_are_charged_to_the_process_that_mapped(memory):
     with open_backend("software", memlock_limit=None) as backend:
-        before = backend.vfio.locked_pages()
+        before = backend.system.locked_pages()
         backend.map_dma(IOVA, memory, 8 * PAGE, 3)
-        assert backend.vfio.locked_pages() == before + 8
+        assert backend.system.locked_pages() == before + 8
 
         def child():
             assert SoftwareVfio().locked_pages() == 0
@@ -241,7 +241,7 @@ def test_map_many_is_all_or_nothing(memory):
         with pytest.raises(VfioError, match="entry 40") as caught:
             backend.map_many(rows)
         assert (caught.value.errno, caught.value.iova) == (errno.EFAULT, IOVA + 40 * PAGE)
-        assert len(backend.type1.mappings()) == 0 and backend.vfio.locked_pages() == 0
+        assert len(backend.type1.mappings()) == 0 and backend.system.locked_pages() == 0
         rows[40, 1] = memory
         backend.map_many(rows)
         assert len(backend.type1.mappings()) == 64
@@ -271,11 +271,11 @@ BAD = [(IOVA + 1, 0, PAGE, 3), (IOVA, 1, PAGE, 3), (IOVA, 0, PAGE - 1, 3), (IOVA
 def test_a_bad_map_is_a_typed_error_and_changes_nothing(memory, kernel, iova, offset, size, prot):
     with open_backend("software", kernel=kernel, memlock_limit=None) as backend:
         backend.map_dma(0x2000000, memory, PAGE, 3)
-        before = backend.type1.mappings().tolist(), backend.capabilities(), backend.vfio.locked_pages()
+        before = backend.type1.mappings().tolist(), backend.capabilities(), backend.system.locked_pages()
         with pytest.raises(InvalidArgumentError) as caught:
             backend.map_dma(iova, memory + offset, size, prot)
         assert caught.value.operation == "map_dma" and caught.value.errno in (errno.EINVAL, errno.EOVERFLOW)
-        assert before == (backend.type1.mappings().tolist(), backend.capabilities(), backend.vfio.locked_pages())
+        assert before == (backend.type1.mappings().tolist(), backend.capabilities(), backend.system.locked_pages())
 
 
 @pytest.mark.parametrize("arguments", [("x", 0, PAGE, 3), (0, None, PAGE, 3), (0, 0, 1.5, 3), (0, 0, PAGE, "rw")])

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..protocols import Backend
 
-_MODULES = {"software": "software"}
+_MODULES = {"software": "software", "type1": "type1"}
 
 
 def open_backend(name: str, **options: Any) -> Backend:
@@ -13,7 +13,7 @@ def open_backend(name: str, **options: Any) -> Backend:
     Parameters
     ----------
     name : str
-        "software": the IOMMU inside this process.
+        "software": the IOMMU inside this process; "type1": /dev/vfio/vfio of the running kernel.
     **options
         What its ``open()`` takes.
 

@@ -1,9 +1,13 @@
 """The typed door: a container with everything set up, the backend of an IoAddressSpace."""
+import errno
+
+from ..._core.errno import error
 from ..._core.type1 import VERSIONS
 from ...errors import ForkedError
 from ...protocols import DirtySource
+from ...sources import ContainerSource
 from ...types import Capabilities
-from .sources import ContainerSource, PortSource
+from .sources import PortSource
 
 _MAX_DIRTY_BITMAP = 268435456
 
@@ -16,7 +20,7 @@ class SoftwareContainer:
     """
 
     def __init__(self, vfio, iommu_type, groups):
-        self.vfio = vfio
+        self.system = vfio
         self._fds = []
         self._container = None
         try:
@@ -39,7 +43,7 @@ class SoftwareContainer:
             setattr(self, name, getattr(type1, name))
 
     def _open(self, path):
-        self._fds.append(self.vfio.open(path))
+        self._fds.append(self.system.open(path))
         return self._fds[-1]
 
     def capabilities(self):
@@ -55,6 +59,13 @@ class SoftwareContainer:
         return Capabilities("software", type1.pgsizes, frozenset(features), type1.dma_avail, type1.entry_limit,
                             _MAX_DIRTY_BITMAP)
 
+    def open_device_fd(self, address):
+        """Open a device of the container once more; the caller closes the descriptor with ``system.close``."""
+        for group in self._groups:
+            if any(device.address == address for device in group.config.devices):
+                return group.get_device_fd(address)
+        raise error(errno.ENODEV, "group_get_device_fd", hint=f"{address} is not in a group of this container")
+
     @property
     def ports(self):
         """The DMA ports of the devices, by address."""
@@ -65,7 +76,7 @@ class SoftwareContainer:
         ordinary = [group for group in self._groups if not group.iommu.emulated]
         sources: list[DirtySource] = [PortSource(port) for group in ordinary for port in group.ports.values()]
         if self.type1.has_emulated:
-            sources.append(ContainerSource(self.type1))
+            sources.append(ContainerSource(self.type1, self.type1.pgsizes & -self.type1.pgsizes))
         return sources
 
     @property
@@ -78,7 +89,7 @@ class SoftwareContainer:
         while self._fds:
             fd = self._fds.pop()
             try:
-                self.vfio.close(fd)
+                self.system.close(fd)
             except ForkedError:
                 pass                # the child of a fork has nothing to close: the parent does
 

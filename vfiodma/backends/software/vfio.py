@@ -6,6 +6,7 @@ import threading
 from ..._core.errno import error
 from ..._core.type1 import VERSIONS, generation, locked_pages
 from ...errors import ForkedError, VfioError
+from ...types import DeviceLocation
 from ...uapi import vfio as abi
 from .container import SoftwareContainer
 from .device import device_pread, device_pwrite
@@ -168,6 +169,23 @@ class SoftwareVfio:
     def locked_pages(self):
         """Pages that count against the process's limit: its VmLck plus what software containers charged to it."""
         return locked_pages()
+
+    def find_device(self, address):
+        """Return the DeviceLocation of a device; cdevs are numbered over all devices, group by group.
+
+        Raises
+        ------
+        NoDeviceError
+            ENODEV.
+        """
+        places = [(group.config, device) for group in self._groups.values() for device in group.config.devices]
+        for index, (config, device) in enumerate(places):
+            if device.address == address:
+                siblings = tuple((other.address, "vfio-pci") for other in config.devices if other is not device)
+                return DeviceLocation(address, config.number, f"/dev/vfio/{config.number}",
+                                      f"/dev/vfio/devices/vfio{index}", False, "vfio-pci", siblings)
+        raise error(errno.ENODEV, "find_device", hint=f"there is no device {address!r}; there are: "
+                    + ", ".join(device.address for _, device in places))
 
     # ---- the typed door
 
