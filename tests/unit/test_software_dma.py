@@ -2,14 +2,16 @@
 import ctypes
 import errno
 import fcntl
+import gc
 import mmap
 import os
+import signal
 import threading
 
 import numpy as np
 import pytest
 
-from vfiodma import SoftwareGroup, open_backend
+from vfiodma import GuestMemory, SoftwareGroup, open_backend
 from vfiodma.devices.edu import EduDevice
 from vfiodma.errors import BusyError, ClosedError, InvalidArgumentError, MemoryFaultError, VfioError
 
@@ -502,7 +504,59 @@ def test_a_device_that_fails_to_connect_leaves_no_descriptor():
         def connect(self, port):
             raise RuntimeError("no")
 
+    gc.collect()            # what other tests dropped
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(RuntimeError):
         open_backend("software", groups=[SoftwareGroup(5, [Broken()], emulated=True)])
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_on_5_12_a_wait_ends_with_what_a_signal_handler_raises():
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    with GuestMemory.memfd(PAGE) as memory, open_backend(
+            "software", kernel="5.12", groups=[SoftwareGroup(5, ["0000:00:10.0"], emulated=True)]) as backend:
+        backend.map_dma(0, memory.regions[0].vaddr, PAGE, 3)
+        backend.invalidate_vaddr()
+        before = signal.signal(signal.SIGALRM, stop)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(Stop):
+                backend.dma_read(0, 16)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        backend.update_vaddr(0, memory.regions[0].vaddr, PAGE)
+        assert backend.dma_read(0, 16) == bytes(16)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_unmap_callback_that_raises_does_not_keep_the_others_from_letting_go():
+    class Device:
+        def __init__(self, address, fails):
+            self.address, self.fails = address, fails
+
+        def connect(self, port):
+            self.port = port
+
+        def disconnect(self):
+            pass
+
+        def region_size(self, index):
+            return 0
+
+        def dma_unmap(self, iova, size):
+            if self.fails:
+                raise OSError("this device is broken")
+            self.port.unpin_pages(iova, 1)
+
+    devices = [Device("a", True), Device("b", False)]
+    with GuestMemory.memfd(PAGE) as memory, open_backend(
+            "software", groups=[SoftwareGroup(5, devices, emulated=True)]) as backend:
+        backend.map_dma(0, memory.regions[0].vaddr, PAGE, 3)
+        devices[1].port.pin_pages(0, 1, 3)
+        assert backend.unmap_dma(0, PAGE) == PAGE

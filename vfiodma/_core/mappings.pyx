@@ -3,7 +3,7 @@
 Every function but type1_new and type1_free is called with the instance's lock held, returns 0 or -errno, and leaves the
 state as it was when it fails, except where the kernel does not.  Source: the VFIO Type1 driver of Linux 5.4 to 7.2.
 """
-from cpython.exc cimport PyErr_CheckSignals, PyErr_Clear
+from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EBUSY, EEXIST, EFAULT, EINTR, EINVAL, ENOENT, ENOMEM, ENOSPC, EOVERFLOW
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -220,11 +220,14 @@ cdef void made_valid(type1_t *t) noexcept nogil:
     pthread_cond_broadcast(&t.valid)
 
 
-cdef bint interrupted() noexcept with gil:
-    if PyErr_CheckSignals() == 0:
-        return False
-    PyErr_Clear()
-    return True
+cdef bint interrupted(void *owner) noexcept with gil:
+    """Run signal handlers; what one raises is kept for the call that waits."""
+    try:
+        PyErr_CheckSignals()
+    except BaseException as exc:
+        (<object> owner)._interrupt(exc)
+        return True
+    return False
 
 
 cdef bint is_invalid(type1_t *t, uint64_t iova, bint everything) noexcept nogil:
@@ -248,7 +251,7 @@ cdef int wait_until_valid(type1_t *t, uint64_t iova, bint everything) noexcept n
             until.tv_nsec -= 1000000000
         if pthread_cond_timedwait(&t.valid, &t.lock, &until):
             pthread_mutex_unlock(&t.lock)
-            stop = interrupted()
+            stop = interrupted(t.owner)
             pthread_mutex_lock(&t.lock)
             if stop:
                 return -EINTR

@@ -17,6 +17,8 @@ cdef class Type1:
     cdef readonly str kernel
     cdef readonly unsigned entry_limit
 
+    cdef object interruption                # what a signal handler raised during a wait
+    cdef int check_interruption(self, int err) except -1
     cdef int check_process(self, str operation) except -1
     cdef int enter(self, str operation) except -1
     cdef void leave(self) noexcept nogil

@@ -8,7 +8,8 @@ import resource
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer
 from cpython.bytes cimport PyBytes_AS_STRING
-from libc.errno cimport EINVAL
+from cpython.exc cimport PyErr_WriteUnraisable
+from libc.errno cimport EINTR, EINVAL
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -162,6 +163,7 @@ cdef class Type1:
         pthread_mutex_unlock(&self.t.lock)
 
     cdef int fail(self, int err, str operation, object iova=None, object size=None, object entry=None) except -1:
+        self.check_interruption(err)
         hint = self._hint(-err)
         if entry is not None:
             hint = f"entry {entry}" + (f"; {hint}" if hint else "")
@@ -254,8 +256,23 @@ cdef class Type1:
         self.leave()
 
     def _notify_unmap(self, iova, size):
+        # All of them are told; what one raises is reported as unraisable, as there is nobody to catch it.
         for callback in list(self.listeners):
-            callback(iova, size)
+            try:
+                callback(iova, size)
+            except BaseException:
+                PyErr_WriteUnraisable(callback)
+
+    def _interrupt(self, exception):
+        self.interruption = exception
+
+    cdef int check_interruption(self, int err) except -1:
+        """Raise what a signal handler raised while a call waited."""
+        cdef object exception = self.interruption
+        if err == -EINTR and exception is not None:
+            self.interruption = None
+            raise exception
+        return 0
 
     # ---- the raw door
 
@@ -284,6 +301,7 @@ cdef class Type1:
             result = type1_ioctl(self.t, request, arg)
             self.leave()
         if result < 0:
+            self.check_interruption(result)
             raise_errno(-result, "ioctl")
         return result
 
