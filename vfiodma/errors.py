@@ -91,6 +91,10 @@ class ForkedError(ClosedError):
     """EBADF: the object was opened before a fork and is used in the child."""
 
 
+class TimedOutError(VfioError, TimeoutError):
+    """ETIMEDOUT: what was waited for did not come in time."""
+
+
 class ProtocolError(VfioError):
     """EPROTO, EBADMSG: a migration stream that is truncated, damaged or not ours."""
 

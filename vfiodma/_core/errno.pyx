@@ -16,6 +16,7 @@ cdef dict _CLASSES = {
     _errno.ENODEV: errors.NoDeviceError, _errno.ENXIO: errors.NoDeviceError,
     _errno.ENOTTY: errors.UnsupportedError, _errno.EOPNOTSUPP: errors.UnsupportedError,
     _errno.EBADF: errors.ClosedError,
+    _errno.ETIMEDOUT: errors.TimedOutError,
     _errno.EPROTO: errors.ProtocolError, _errno.EBADMSG: errors.ProtocolError,
 }
 
