@@ -18,6 +18,7 @@ _HOME = {
     "SoftwareVfio": "backends.software", "SoftwareGroup": "backends.software",
     "Type1Container": "backends.type1", "KernelVfio": "kernel",
     "open_backend": "backends",
+    "VfioDevice": "devices.pci", "EduDriver": "devices.edu_driver",
     "VaddrHandoff": "liveupdate",
     "DirtyTracker": "migration.tracker", "PrecopySource": "migration.precopy", "PageReceiver": "migration.receiver",
     "Capabilities": "types", "DeviceLocation": "types",

@@ -1,4 +1,4 @@
-"""Information ioctls that append a chain of capabilities: asking with a large enough buffer, and cutting the chain up."""
+"""Information ioctls that append a chain of capabilities: asking with a large enough buffer, cutting the chain up."""
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,7 +37,7 @@ def decode_chain(data: bytes, first: int) -> tuple[Capability, ...]:
 
 def ask(device: "VfioDevice", request: int, layout: Layout, operation: str, hints: Mapping[int, str] | None = None,
         **values: Any) -> bytes:
-    """Do an information ioctl with as large a buffer as the kernel wants; return the structure with its capabilities."""
+    """Do an information ioctl with as large a buffer as the kernel wants; return structure and capabilities."""
     size = _FIRST_SIZE
     while True:
         data = bytearray(layout.pack(argsz=size, **values).ljust(size, b"\0"))

@@ -1,4 +1,5 @@
 """The PCI configuration space of a device: identity, command register, BARs, capability lists."""
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .regions import Region
@@ -19,7 +20,8 @@ class PciCapability(NamedTuple):
     version: int = 0    #: of extended capabilities
 
 
-class Bar(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Bar:
     """A base address register."""
 
     index: int          #: region index

@@ -54,7 +54,8 @@ class EduDriver:
     def __init__(self, device: VfioDevice, timeout: float = 5.0) -> None:
         found = device.config.vendor_id, device.config.device_id
         if found != _VENDOR_DEVICE:
-            raise error(errno.ENODEV, "open_edu", hint=f"{device.address} is {found[0]:04x}:{found[1]:04x}, not an edu device")
+            raise error(errno.ENODEV, "open_edu",
+                        hint=f"{device.address} is {found[0]:04x}:{found[1]:04x}, not an edu device")
         self.device = device
         self.timeout = timeout
         self._bar = device.regions[0]
@@ -149,7 +150,7 @@ class EduDriver:
     # ---- DMA
 
     def dma_to_device(self, iova: int, size: int) -> None:
-        """Have the device read ``[iova, iova + size)`` into its buffer; of more than ``max_transfer`` the last piece stays.
+        """Have the device read memory into its buffer; of more than ``max_transfer`` bytes the last piece stays.
 
         Raises
         ------
@@ -160,7 +161,7 @@ class EduDriver:
             self._transfer(iova + done, _BUFFER, piece, 0)
 
     def dma_from_device(self, iova: int, size: int) -> None:
-        """Have the device write its buffer to ``[iova, iova + size)``; of more than ``max_transfer`` again and again."""
+        """Have the device write its buffer to memory; to more than ``max_transfer`` bytes again and again."""
         for done, piece in self._pieces(iova, size):
             self._transfer(_BUFFER, iova + done, piece, _TO_MEMORY)
 

@@ -141,9 +141,10 @@ class Features:
         if not ranges:
             raise error(errno.EINVAL, "device_feature", hint="name at least one range")
         layout = abi.vfio_device_feature
-        body = abi.vfio_device_feature_dma_buf.pack(region_index=region, open_flags=open_flags, nr_ranges=len(ranges),
+        body = abi.vfio_device_feature_dma_buf.pack(
+            region_index=region, open_flags=open_flags, nr_ranges=len(ranges),
             dma_ranges=[{"offset": offset, "length": size} for offset, size in ranges])
-        buffer = bytearray(layout.pack(argsz=layout.size + len(body), flags=abi.VFIO_DEVICE_FEATURE_GET | Feature.DMA_BUF)
-                           + body)
+        flags = abi.VFIO_DEVICE_FEATURE_GET | Feature.DMA_BUF
+        buffer = bytearray(layout.pack(argsz=layout.size + len(body), flags=flags) + body)
         return self._device.control(abi.VFIO_DEVICE_FEATURE, buffer, "export_dmabuf",
                                     {errno.ENOTTY: "the device, or the kernel, can't export dma-bufs"})

@@ -78,8 +78,8 @@ class Graphics:
         """
         values = abi.vfio_device_gfx_plane_info.unpack(self._query(access, kind))
         hotspot = (values["x_hot"], values["y_hot"])
-        return Plane(values["drm_format"], values["drm_format_mod"], values["width"], values["height"], values["stride"],
-                     values["size"], (values["x_pos"], values["y_pos"]),
+        return Plane(values["drm_format"], values["drm_format_mod"], values["width"], values["height"],
+                     values["stride"], values["size"], (values["x_pos"], values["y_pos"]),
                      None if hotspot == (0xFFFFFFFF, 0xFFFFFFFF) else hotspot,
                      values["region_index"] if access == PlaneAccess.REGION else None,
                      values["dmabuf_id"] if access == PlaneAccess.DMABUF else None)

@@ -8,7 +8,8 @@ import struct
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 from .._core.errno import error
 from ..errors import InvalidArgumentError, UnsupportedError, VfioError
@@ -41,7 +42,8 @@ class IrqFlags(enum.IntFlag):
     NORESIZE = abi.VFIO_IRQ_INFO_NORESIZE       #: vectors can't be added while it is enabled
 
 
-class IrqInfo(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class IrqInfo:
     """What VFIO_DEVICE_GET_IRQ_INFO tells."""
 
     index: int
@@ -214,9 +216,10 @@ class Vectors:
 
     def __del__(self) -> None:
         if getattr(self, "_vectors", None) and self._vectors[0].fd >= 0:
-            if not self._device.forked:
-                warnings.warn(f"{self!r} were not closed", ResourceWarning, source=self, stacklevel=1)
+            text = f"{self!r} were not closed"
             self.close()
+            if not self._device.forked:
+                warnings.warn(text, ResourceWarning, source=self, stacklevel=1)
 
 
 def _name(kind: int) -> str:
@@ -243,12 +246,13 @@ def set_irqs(device: "VfioDevice", kind: int, flags: int, operation: str, start:
     layout = abi.vfio_irq_set
     head = layout.pack(argsz=layout.size + len(data), flags=flags, index=kind, start=start, count=count)
     name = _name(kind)
-    active = [other for other in device.children(Vectors) if not other.closed and other.kind != kind and other.kind <= IrqIndex.MSIX]
+    active = [other.kind for other in device.children(Vectors)
+              if not other.closed and other.kind != kind and other.kind <= IrqIndex.MSIX]
     device.control(abi.VFIO_DEVICE_SET_IRQS, bytearray(head + data), operation, {
-        errno.EINVAL: f"{_name(active[0].kind)} is enabled, and INTx, MSI and MSI-X exclude one another: close that first"
+        errno.EINVAL: f"{_name(active[0])} is enabled, and INTx, MSI and MSI-X exclude one another: close that first"
                       if active and kind <= IrqIndex.MSIX else
-                      f"{name} is not enabled, has no such vector, or is held by another descriptor of the device; or a "
-                      "number is no eventfd",
+                      f"{name} is not enabled, has no such vector, or another type was enabled through another "
+                      "descriptor of the device; or a number is no eventfd",
         errno.ENOTTY: f"{name} can't do that; see interrupts.info({name}).flags",
         errno.EBADF: "an eventfd is closed",
         errno.ENOSPC: "the host has fewer vectors left",

@@ -39,18 +39,22 @@ class IoEvent:
         try:
             self._set(self.fd)
         except BaseException:
-            self.fd = os.close(self.fd) or -1
+            self._close_eventfd()
             raise
 
     def _set(self, fd: int) -> None:
         layout = abi.vfio_device_ioeventfd
         data = bytearray(layout.pack(argsz=layout.size, fd=fd, **self._fields))
         self._device.control(abi.VFIO_DEVICE_IOEVENTFD, data, "ioeventfd", {
-            errno.EINVAL: "only registers in BARs 0 to 5 and outside of the MSI-X table, of at most 4 bytes",
+            errno.EINVAL: "only registers in BARs 0 to 5, outside of the MSI-X table; 8 bytes only where the kernel can",
             errno.EEXIST: "the same write of the same register has an eventfd already",
             errno.ENOSPC: "a device can have no more ioeventfds",
             errno.ENOTTY: "the device, or this processor architecture, has no ioeventfds",
         })
+
+    def _close_eventfd(self) -> None:
+        fd, self.fd = self.fd, -1
+        os.close(fd)
 
     def fire(self) -> None:
         """Signal the eventfd; the kernel writes the register, at once or from a worker."""
@@ -68,7 +72,7 @@ class IoEvent:
         if self.fd >= 0:
             with contextlib.suppress(VfioError):
                 self._set(-1)
-            self.fd = os.close(self.fd) or -1
+            self._close_eventfd()
 
     def __enter__(self) -> Self:
         return self
@@ -78,9 +82,10 @@ class IoEvent:
 
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0:
-            if not self._device.forked:
-                warnings.warn(f"an ioeventfd of {self._device!r} was not closed", ResourceWarning, source=self, stacklevel=1)
             self.close()
+            if not self._device.forked:
+                warnings.warn(f"an ioeventfd of {self._device!r} was not closed", ResourceWarning, source=self,
+                              stacklevel=1)
 
 
 class IoEvents:
@@ -97,7 +102,7 @@ class IoEvents:
         Parameters
         ----------
         bar, offset, width : int
-            BAR index, place in it and bytes (1, 2 or 4; the kernel refuses 8) of the register.
+            BAR index, place in it and bytes (1, 2, 4; 8 only with some kernels) of the register.
         value : int
             What is written.
 

@@ -48,8 +48,8 @@ class MigrationData(io.RawIOBase):
 
     Notes
     -----
-    An unbuffered binary file.  ``read`` and ``readinto`` return None when a device in PRE_COPY has nothing more for now, and
-    b"" or 0 at the end.  It is dead (ENODEV) after the device has left those states.  The GIL is released.
+    An unbuffered binary file.  ``read`` and ``readinto`` return None when a device in PRE_COPY has nothing more for
+    now, and b"" or 0 at the end.  It is dead (ENODEV) after the device has left those states.  The GIL is released.
     """
 
     def __init__(self, device: "VfioDevice", fd: int, *, write: bool) -> None:
@@ -167,8 +167,8 @@ class Migration:
         Returns
         -------
         MigrationData or None
-            A new stream when the device begins to save or to resume; going from PRE_COPY into STOP_COPY the one of PRE_COPY
-            goes on.
+            A new stream when the device begins to save or to resume; going from PRE_COPY into STOP_COPY the one of
+            PRE_COPY goes on.
 
         Raises
         ------
@@ -177,13 +177,14 @@ class Migration:
             then in its old state, one between, or ERROR: ask ``state``.
         """
         layout = abi.vfio_device_feature_mig_state
+        if not 0 <= target < abi.VFIO_DEVICE_STATE_NR:
+            raise error(errno.EINVAL, "set_migration_state", hint=f"{target!r} is no MigrationState")
         try:
             data = self._device.features.call(Feature.MIG_DEVICE_STATE, FeatureOps.SET,
                                               layout.pack(device_state=target, data_fd=-1), "set_migration_state")
         except VfioError as exc:
             if exc.errno == errno.EINVAL:
-                exc.hint = f"no way leads to {MigrationState(target).name}: only a reset leaves ERROR, and see flags for " \
-                           "the states that the device has"
+                exc.hint = f"no way leads to {target!r}: only a reset leaves ERROR; flags names the states there are"
             raise
         fd = layout.unpack(data)["data_fd"]
         if fd < 0:

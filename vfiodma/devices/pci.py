@@ -1,4 +1,4 @@
-"""A device of the running kernel or of a software VFIO, from the user's side: registers, interrupts, resets, features."""
+"""A device of the running kernel or of a software VFIO, from its user's side."""
 import contextlib
 import enum
 import errno
@@ -95,8 +95,8 @@ class VfioDevice(Descriptor):
     Notes
     -----
     Thread-safe.  Closing undoes everything of this descriptor: interrupts are disabled and their eventfds closed,
-    registers unmapped, ioeventfds and DMA logging ended.  Forgetting to close is a ResourceWarning.  In the child of a fork
-    closing gives up the child's copy of the descriptor and leaves the parent's interrupts alone.
+    registers unmapped, ioeventfds and DMA logging ended.  Forgetting to close is a ResourceWarning.  In the child of a
+    fork closing gives up the child's copy of the descriptor and leaves the parent's interrupts alone.
     Source: VFIO_DEVICE_GET_INFO.
     """
 
@@ -236,8 +236,9 @@ class VfioDevice(Descriptor):
 
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0 and hasattr(self, "_generation"):
-            if not self.forked:
-                warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=1)
+            text = f"{self!r} was not closed"
             self.close()
+            if not self.forked:
+                warnings.warn(text, ResourceWarning, source=self, stacklevel=1)
 
 

@@ -4,6 +4,7 @@ import enum
 import errno
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from .._core.errno import error
@@ -41,10 +42,13 @@ class RegionType(NamedTuple):
     @property
     def vendor(self) -> int | None:
         """PCI vendor whose type it is; None for the kernel's own types."""
-        return self.type & abi.VFIO_REGION_TYPE_PCI_VENDOR_MASK if self.type & abi.VFIO_REGION_TYPE_PCI_VENDOR_TYPE else None
+        if not self.type & abi.VFIO_REGION_TYPE_PCI_VENDOR_TYPE:
+            return None
+        return self.type & abi.VFIO_REGION_TYPE_PCI_VENDOR_MASK
 
 
-class RegionInfo(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class RegionInfo:
     """What VFIO_DEVICE_GET_REGION_INFO tells."""
 
     index: int
@@ -79,7 +83,8 @@ def _decode(data: bytes) -> RegionInfo:
             target = capability.unpack(abi.vfio_region_info_cap_nvlink2_ssatgt)["tgt"]
         elif capability.id == abi.VFIO_REGION_INFO_CAP_NVLINK2_LNKSPD:
             speed = capability.unpack(abi.vfio_region_info_cap_nvlink2_lnkspd)["link_speed"]
-    return RegionInfo(head["index"], head["size"], head["offset"], flags, sparse, kind, msix, target, speed, capabilities)
+    return RegionInfo(head["index"], head["size"], head["offset"], flags, sparse, kind, msix, target, speed,
+                      capabilities)
 
 
 class Region:
@@ -91,9 +96,10 @@ class Region:
 
     Notes
     -----
-    Numbers are little-endian.  A read or write of 1, 2, 4 or 8 aligned bytes is one access of that width (8 only where the
-    kernel can, else two of 4).  The GIL is released.  Errors: EINVAL outside of the region or against its flags, EIO when the device does
-    not answer.  Source: VFIO_DEVICE_GET_REGION_INFO; pread(2), pwrite(2), mmap(2) of a device.
+    Numbers are little-endian.  A read or write of 1, 2, 4 or 8 aligned bytes is one access of that width (8 only where
+    the kernel can, else two of 4).  The GIL is released.  Errors: EINVAL outside of the region or against its flags,
+    EIO when the device does not answer.
+    Source: VFIO_DEVICE_GET_REGION_INFO; pread(2), pwrite(2), mmap(2) of a device.
     """
 
     __slots__ = ("_device", "info")

@@ -104,8 +104,8 @@ def hot_reset(device: "VfioDevice", group_fds: Iterable[int] = ()) -> None:
     layout = abi.vfio_pci_hot_reset
     head = layout.pack(argsz=layout.size + len(data), count=len(fds))
     device.control(abi.VFIO_DEVICE_PCI_HOT_RESET, bytearray(head + data), "hot_reset", {
-        errno.EINVAL: "give the descriptors of all groups in hot_reset_info(), none for a device that was opened through "
-                      "its own node; every device must be bound to a VFIO driver",
+        errno.EINVAL: "give the descriptors of all groups in hot_reset_info(), none for a device that was opened "
+                      "through its own node; every device must be bound to a VFIO driver",
         errno.ENODEV: "neither its slot nor its bus can be reset",
         errno.EBADF: "one of the group descriptors is closed",
         errno.EBUSY: "one of the devices is busy",
