@@ -20,6 +20,7 @@ KERNELS = {
     "dma": ["dirtylog", "bitmap", "bitmap_x86", "bitmap_arm", "rangemap"],
     "type1": ["rangemap"],
     "kernel": [],
+    "userfault": ["pagemap", "pagehash", "bitmap", "bitmap_x86", "bitmap_arm"],
 }
 
 SANITIZE = os.environ.get("VFIODMA_SANITIZE")       # e.g. "address,undefined"

@@ -1,0 +1,218 @@
+"""Which pages the process itself has written: by write protection, or by comparison with what was sent."""
+import os
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer
+from libc.errno cimport EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from .args cimport acquire_rows, u64
+from .errno cimport raise_errno
+
+cdef extern from "pagemap.h" nogil:
+    int writes_open()
+    int writes_watch(int uffd, uint64_t vaddr, uint64_t size)
+    int writes_unwatch(int uffd, uint64_t vaddr, uint64_t size)
+    int writes_harvest(int pagemap, uint64_t vaddr, uint64_t size, uint64_t pgsize, uint64_t *words, uint64_t first, uint64_t *found)
+
+cdef extern from "pagehash.h" nogil:
+    ctypedef struct pagehash_key:
+        uint64_t word[8]
+    uint64_t pagehash_differ(const pagehash_key *, const void *, uint64_t npages, size_t pgsize, const uint64_t *, uint64_t *words)
+    void pagehash_note(const pagehash_key *, const uint64_t *runs, size_t nruns, const void *content, size_t pgsize, uint64_t *)
+
+
+cdef int check_place(str operation, uint64_t vaddr, uint64_t size, uint64_t pgsize) except -1:
+    if pgsize < 4096 or pgsize & (pgsize - 1) or size == 0 or (vaddr | size) % pgsize or vaddr + size < vaddr:
+        raise_errno(EINVAL, operation, None, size, f"memory at {vaddr:#x} is not whole pages of {pgsize} bytes")
+    return 0
+
+
+cdef int take_bitmap(object into, Py_buffer *view, uint64_t npages) except -1:
+    PyObject_GetBuffer(into, view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+    if <uint64_t> view.len < (npages + 63) // 64 * 8:
+        PyBuffer_Release(view)
+        raise_errno(EINVAL, "harvest", None, None, f"{view.len} bytes of bitmap are too few for {npages} pages")
+    return 0
+
+
+cdef class WriteWatch:
+    """Writes of this process to its own memory, found by the kernel.
+
+    Parameters
+    ----------
+    vaddr, size : int
+        Bytes; multiples of the page size of what is mapped there (2 MiB for hugetlb memory).
+    pgsize : int
+        Bytes a bit stands for.
+
+    Raises
+    ------
+    UnsupportedError
+        EOPNOTSUPP, ENOSYS: the kernel has no asynchronous write protection (Linux 6.7), or not for such memory.
+    DmaPermissionError
+        EPERM: userfaultfd is not for this user.
+
+    Notes
+    -----
+    Anonymous, memfd, hugetlb and transparent huge pages; a huge page counts as a whole.  Writes through other mappings
+    of the same memory (another process, a device) are not seen.  The GIL is released.
+    Source: userfaultfd(2) with UFFD_FEATURE_WP_ASYNC; PAGEMAP_SCAN of Documentation/admin-guide/mm/pagemap.rst.
+    """
+    cdef int uffd, pagemap
+    cdef readonly uint64_t vaddr, size, pgsize
+
+    def __cinit__(self, vaddr, size, pgsize=4096):
+        cdef int err
+        self.uffd = self.pagemap = -1
+        self.vaddr, self.size, self.pgsize = u64("watch", vaddr), u64("watch", size), u64("watch", pgsize)
+        check_place("watch", self.vaddr, self.size, self.pgsize)
+        self.uffd = writes_open()
+        if self.uffd < 0:
+            self.refuse(self.uffd)
+        self.pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        with nogil:
+            err = writes_watch(self.uffd, self.vaddr, self.size)
+        if err:
+            # EINVAL and EBUSY: file memory of another kind, or somebody else watches it.
+            self.refuse(-EOPNOTSUPP if err == -EINVAL else err)
+
+    cdef int refuse(self, int err) except -1:
+        hint = "this memory is watched by somebody else"
+        if err in (-EOPNOTSUPP, -ENOSYS):
+            hint = "the kernel can't write-protect this memory asynchronously (Linux 6.7 can, for anonymous, memfd and hugetlb memory)"
+        elif err == -EPERM:
+            hint = "userfaultfd is not for this user: open /proc/sys/vm/unprivileged_userfaultfd, or run with CAP_SYS_PTRACE"
+        return raise_errno(-err, "watch", None, self.size, hint)
+
+    def harvest(self, into):
+        """OR the pages written since the last harvest into ``into``, and watch them anew.
+
+        Parameters
+        ----------
+        into : writable buffer
+            Little-endian u64 words, bit 0 = the page at ``vaddr``.
+
+        Returns
+        -------
+        int
+            Pages reported.
+
+        Raises
+        ------
+        DmaPermissionError
+            EPERM: the memory was unmapped or mapped anew meanwhile; what was written there is not known.
+        ClosedError
+            EBADF: after stop().
+        """
+        cdef Py_buffer view
+        cdef uint64_t found = 0
+        cdef int err
+        take_bitmap(into, &view, self.size // self.pgsize)
+        try:
+            with nogil:
+                err = writes_harvest(self.pagemap, self.vaddr, self.size, self.pgsize, <uint64_t *> view.buf, 0, &found)
+        finally:
+            PyBuffer_Release(&view)
+        if err:
+            raise_errno(-err, "harvest", None, self.size, "the memory was unmapped, or mapped anew, while it was watched"
+                        if err == -EPERM else "")
+        return found
+
+    def stop(self):
+        """Stop watching; idempotent."""
+        if self.uffd >= 0:
+            with nogil:
+                writes_unwatch(self.uffd, self.vaddr, self.size)
+            os.close(self.uffd)
+        if self.pagemap >= 0:
+            os.close(self.pagemap)
+        self.uffd = self.pagemap = -1
+
+    def __dealloc__(self):
+        if self.uffd >= 0:
+            os.close(self.uffd)
+        if self.pagemap >= 0:
+            os.close(self.pagemap)
+
+
+cdef class PageHashes:
+    """Pages that differ from what was sent, by their hashes: for kernels that can't watch writes.
+
+    Parameters
+    ----------
+    memory : buffer
+        Whole pages; held until this object goes.
+    pgsize : int
+
+    Notes
+    -----
+    ``note`` what was sent (from the bytes sent, not from memory, which may have changed since); ``harvest`` reads all of
+    the memory, about as fast as it can be copied.  The hashes are keyed with random numbers, 8 bytes a page; two different
+    pages are taken for the same with a probability of 2**-64.  The GIL is released.
+    """
+    cdef Py_buffer memory
+    cdef pagehash_key key
+    cdef uint64_t *hashes
+    cdef readonly uint64_t npages, pgsize
+
+    def __cinit__(self, memory, pgsize=4096):
+        cdef bytes key = os.urandom(sizeof(pagehash_key))
+        self.pgsize = u64("page_hashes", pgsize)
+        PyObject_GetBuffer(memory, &self.memory, PyBUF_SIMPLE)
+        self.npages = self.memory.len // self.pgsize if self.pgsize else 0
+        check_place("page_hashes", 0, self.memory.len, self.pgsize)
+        memcpy(&self.key, <const char *> key, sizeof(self.key))
+        # 0 for what was never sent: such a page differs, but for one chance in 2**64.
+        self.hashes = <uint64_t *> calloc(self.npages, 8)
+        if not self.hashes:
+            raise_errno(ENOMEM, "page_hashes")
+
+    def __dealloc__(self):
+        free(self.hashes)
+        PyBuffer_Release(&self.memory)
+
+    def note(self, runs, content):
+        """Note what was sent.
+
+        Parameters
+        ----------
+        runs : (n, 2) uint64 array
+            First page and number of pages.
+        content : buffer
+            Their bytes, one after another.
+        """
+        cdef Py_buffer rows, data
+        cdef uint64_t *run
+        cdef uint64_t pages = 0
+        cdef Py_ssize_t n, i
+        acquire_rows(runs, &rows, 2, &n, "note")
+        try:
+            run = <uint64_t *> rows.buf
+            for i in range(n):
+                if run[2 * i] > self.npages or run[2 * i + 1] > self.npages - run[2 * i]:
+                    raise_errno(EINVAL, "note", None, None, f"a run ends behind the {self.npages} pages")
+                pages += run[2 * i + 1]
+            PyObject_GetBuffer(content, &data, PyBUF_SIMPLE)
+            try:
+                if <uint64_t> data.len != pages * self.pgsize:
+                    raise_errno(EINVAL, "note", None, None, f"{data.len} bytes for {pages} pages")
+                with nogil:
+                    pagehash_note(&self.key, run, n, data.buf, self.pgsize, self.hashes)
+            finally:
+                PyBuffer_Release(&data)
+        finally:
+            PyBuffer_Release(&rows)
+
+    def harvest(self, into):
+        """OR the pages that differ from what was sent into ``into`` (u64 words); return their number."""
+        cdef Py_buffer view
+        cdef uint64_t found
+        take_bitmap(into, &view, self.npages)
+        try:
+            with nogil:
+                found = pagehash_differ(&self.key, self.memory.buf, self.npages, self.pgsize, self.hashes, <uint64_t *> view.buf)
+        finally:
+            PyBuffer_Release(&view)
+        return found
