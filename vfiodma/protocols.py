@@ -114,7 +114,11 @@ class OpensDevices(Protocol):
 
 @runtime_checkable
 class DirtySource(Protocol):
-    """Something that knows which pages were written by DMA: a device's own log, or a container's bitmap."""
+    """Something that knows which pages were written by DMA: a device's own log, or a container's bitmap.
+
+    Optional: ``pgsize`` (bytes a bit stands for, when it is not the caller's choice), ``extend(iova, size)`` (log a
+    further range, losing nothing), ``survives_unmap`` (False: bits of a mapping go with it; by default they stay).
+    """
 
     name: str
 

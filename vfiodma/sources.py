@@ -17,6 +17,7 @@ class ContainerSource:
     """
 
     name = "container bitmap"
+    survives_unmap = False              #: the bits of a mapping go with it
 
     def __init__(self, container: Any, pgsize: int) -> None:
         self.container = container

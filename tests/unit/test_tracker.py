@@ -61,19 +61,209 @@ def test_a_vaddr_update_does_not_disturb_tracking(setting):
     tracker.stop()
 
 
-def test_mappings_do_not_change_while_tracking(setting):
+def test_starting_and_stopping_twice_is_fine(setting):
     ioas, layout, ports, iovas = setting
     tracker = DirtyTracker(ioas, layout)
     tracker.start()
     tracker.start()
-    with pytest.raises(BusyError, match="fixed during a migration"):
-        ioas.map(layout.blocks[0].region, size=PAGE)
-    with pytest.raises(BusyError, match="fixed during a migration"):
-        ioas.unmap(iovas[0])
+    tracker.stop()
+    tracker.stop()
+    assert not any(port.logging for port in ports)
+
+
+def test_what_was_written_through_a_mapping_that_goes_is_still_told(setting):
+    ioas, layout, ports, iovas = setting
+    tracker = DirtyTracker(ioas, layout, cpu_writes="off")
+    tracker.start()
+    ports[0].write(iovas[1] + 3 * PAGE, b"x")
+    ioas.mark_dirty(iovas[1] + 5 * PAGE, 1)
+    ioas.unmap(iovas[1])
+    assert harvested(tracker, layout) == [73, 75]
+    assert harvested(tracker, layout) == []
+    tracker.stop()
+
+
+def test_a_mapping_that_comes_while_tracking_is_never_missed(setting):
+    ioas, layout, ports, iovas = setting
+    tracker = DirtyTracker(ioas, layout, cpu_writes="off")
+    tracker.start()
+    iova = ioas.map(layout.blocks[1].region, offset=8 * PAGE, size=4 * PAGE).iova
+    first = layout.blocks[1].first_bit + 8
+    ports[1].write(iova + PAGE, b"x")
+    assert first + 1 in harvested(tracker, layout)
+    ports[1].write(iova + 2 * PAGE, b"x")
+    ioas.unmap(iova)
+    assert first + 2 in harvested(tracker, layout)
+    assert harvested(tracker, layout) == []
+    tracker.stop()
+
+
+def test_a_mapping_whose_rights_change_is_tracked_from_then_on(setting):
+    ioas, layout, ports, iovas = setting
+    tracker = DirtyTracker(ioas, layout, cpu_writes="off")
+    tracker.start()
+    ioas.unmap(iovas[2])
+    ioas.map(layout.blocks[1].region, iovas[2])
+    ports[0].write(iovas[2] + 7 * PAGE, b"x")
+    assert layout.blocks[1].first_bit + 7 in harvested(tracker, layout)
+    tracker.stop()
+
+
+def test_memory_outside_cannot_be_mapped_for_writing_meanwhile(setting):
+    ioas, layout, ports, iovas = setting
+    tracker = DirtyTracker(ioas, layout)
+    tracker.start()
+    with GuestMemory.memfd(PAGE) as other:
+        with pytest.raises(InvalidArgumentError, match="not part of what is migrated"):
+            ioas.map(other)
+        ioas.unmap(ioas.map(other, prot=Prot.READ).iova)
     assert len(ioas) == 3
     tracker.stop()
+
+
+class Source:
+    """A DirtySource with a page size of its own, filled by the test."""
+
+    def __init__(self, pgsize, survives_unmap=True, extends=True):
+        self.name, self.pgsize, self.survives_unmap = "fake", pgsize, survives_unmap
+        self.dirty, self.ranges = set(), None
+        if extends:
+            self.extend = lambda iova, size: self.ranges.append((iova, size))
+
+    def start(self, ranges, pgsize):
+        assert pgsize == self.pgsize and all(not (iova | size) % pgsize for iova, size in ranges)
+        self.ranges = list(ranges)
+
+    def harvest(self, iova, size, into):
+        found = [page for page in self.dirty if iova <= page * self.pgsize < iova + size]
+        for page in found:
+            into.set(page - iova // self.pgsize)
+            self.dirty.discard(page)
+        return len(found)
+
+    def stop(self):
+        self.ranges = None
+
+
+@pytest.mark.parametrize("pgsize", [PAGE, 2 * PAGE, 64 * PAGE])
+def test_sources_have_page_sizes_of_their_own(setting, monkeypatch, pgsize):
+    ioas, layout, ports, iovas = setting
+    source = Source(pgsize)
+    monkeypatch.setattr(ioas.backend, "dirty_sources", lambda: [source])
+    tracker = DirtyTracker(ioas, layout, cpu_writes="off")
+    tracker.start()
+    page = (iovas[0] + 9 * PAGE) // pgsize
+    source.dirty.add(page)
+    inside = range(max(0, page * pgsize - iovas[0]) // PAGE, (page * pgsize + pgsize - iovas[0]) // PAGE)
+    found = harvested(tracker, layout)
+    assert [bit for bit in found if bit < 70] == [bit for bit in inside if bit < 70]
     tracker.stop()
-    ioas.unmap(iovas[2])
+
+
+def test_a_source_that_forgets_at_an_unmap_counts_the_mapping_as_written(setting, monkeypatch):
+    ioas, layout, ports, iovas = setting
+    source = Source(PAGE, survives_unmap=False)
+    monkeypatch.setattr(ioas.backend, "dirty_sources", lambda: [source])
+    tracker = DirtyTracker(ioas, layout, cpu_writes="off")
+    tracker.start()
+    ioas.unmap(iovas[1])
+    assert harvested(tracker, layout) == list(range(70, 200))
+    tracker.stop()
+
+
+def test_a_source_that_cannot_take_in_a_mapping_counts_it_as_written_every_time(setting, monkeypatch):
+    ioas, layout, ports, iovas = setting
+    source = Source(PAGE, extends=False)
+    monkeypatch.setattr(ioas.backend, "dirty_sources", lambda: [source])
+    tracker = DirtyTracker(ioas, layout, cpu_writes="off")
+    tracker.start()
+    iova = ioas.map(layout.blocks[1].region, size=3 * PAGE).iova
+    first = layout.blocks[1].first_bit
+    assert harvested(tracker, layout) == harvested(tracker, layout) == [first, first + 1, first + 2]
+    ioas.unmap(iova)
+    assert harvested(tracker, layout) == [first, first + 1, first + 2]
+    assert harvested(tracker, layout) == []
+    tracker.stop()
+
+
+def test_an_unmap_that_fails_leaves_tracking_as_it_was(setting):
+    ioas, layout, ports, iovas = setting
+    tracker = DirtyTracker(ioas, layout, cpu_writes="off")
+    tracker.start()
+
+    def refuse(mapping):
+        raise BusyError(16, operation="test")
+    listener = ioas.add_listener(unmapping=refuse)
+    ports[0].write(iovas[0], b"x")
+    with pytest.raises(BusyError):
+        ioas.unmap(iovas[0])
+    assert harvested(tracker, layout) == [0]
+    ioas.remove_listener(listener)
+    ports[0].write(iovas[0] + PAGE, b"x")
+    assert harvested(tracker, layout) == [1]
+    tracker.stop()
+
+
+# ---- writes of the process itself
+
+@pytest.mark.parametrize("how", ["watch", "compare"])
+def test_writes_of_the_process_are_found(setting, how):
+    ioas, layout, ports, iovas = setting
+    tracker = DirtyTracker(ioas, layout, cpu_writes=how)
+    try:
+        tracker.start()
+    except UnsupportedError as exc:
+        pytest.skip(str(exc))
+    assert tracker.compares == (how == "compare")
+    for block in layout.blocks:
+        tracker.note_sent(block.number, np.array([[0, block.npages]], np.uint64), block.view)
+    harvested(tracker, layout)
+    view = memoryview(layout.blocks[1].view)
+    view[11 * PAGE + 5] = 1
+    view[199 * PAGE] = 7
+    first = layout.blocks[1].first_bit
+    assert harvested(tracker, layout) == [first + 11, first + 199]
+    if how == "watch":
+        assert harvested(tracker, layout) == []
+    tracker.stop()
+
+
+def test_comparing_takes_what_was_sent_as_the_measure(setting):
+    """A page that changes, is sent, and changes back is not what the destination has."""
+    ioas, layout, ports, iovas = setting
+    tracker = DirtyTracker(ioas, layout, cpu_writes="compare")
+    tracker.start()
+    block = layout.blocks[0]
+    tracker.note_sent(0, np.array([[0, block.npages]], np.uint64), bytes(block.view))
+    assert harvested(tracker, layout)[0] == layout.blocks[1].first_bit       # never sent, so it differs
+    tracker.note_sent(0, np.array([[4, 1]], np.uint64), b"\1" * PAGE)
+    assert harvested(tracker, layout)[0] == 4
+    tracker.stop()
+
+
+def test_memory_mapped_anew_while_it_is_watched_counts_as_written(setting):
+    import ctypes
+    ioas, layout, ports, iovas = setting
+    tracker = DirtyTracker(ioas, layout, cpu_writes="watch")
+    try:
+        tracker.start()
+    except UnsupportedError as exc:
+        pytest.skip(str(exc))
+    region = layout.blocks[0].region
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    assert libc.mmap(region.vaddr, region.size, 3, 0x11, region.fd, 0) == region.vaddr      # MAP_SHARED | MAP_FIXED
+    assert harvested(tracker, layout) == list(range(200))
+    layout.blocks[0].view[0] = 1
+    assert harvested(tracker, layout) == [0]
+    tracker.stop()
+
+
+def test_an_unknown_way_to_find_writes_is_refused(setting):
+    ioas, layout, ports, iovas = setting
+    with pytest.raises(InvalidArgumentError):
+        DirtyTracker(ioas, layout, cpu_writes="magic")
 
 
 def test_memory_that_is_not_migrated_is_refused_and_nothing_is_left_on(setting):

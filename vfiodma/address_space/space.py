@@ -222,7 +222,7 @@ class IoAddressSpace:
     def find(self, iova: int) -> Mapping:
         """Return the mapping that holds an address; NotMappedError (ENOENT) if there is none."""
         last_of("find", iova, 1)
-        with self._using("find"):
+        with self.unchanged("find"):
             return self._table.covering("find", iova, iova)[0].mapping
 
     def mappings(self, iova: int = 0, size: int | None = None, *, mmio: bool | None = None) -> list[Mapping]:
@@ -231,7 +231,7 @@ class IoAddressSpace:
         ``mmio`` selects device memory (True) or the rest (False).  While a vaddr is invalid, the last one is shown.
         """
         last = last_of("mappings", iova, TOP + 1 - iova if size is None else size)
-        with self._using("mappings"):
+        with self.unchanged("mappings"):
             return [row.mapping for row in self._table.rows(iova, last) if mmio is None or row.mmio == mmio]
 
     def sgl(self, iova: int, size: int) -> list[tuple[int, int]]:
@@ -243,13 +243,13 @@ class IoAddressSpace:
             ENOENT: a hole in the range, or an invalid vaddr; ``iova`` of the error is where it begins.
         """
         last = last_of("sgl", iova, size)
-        with self._using("sgl"):
+        with self.unchanged("sgl"):
             return self._table.segments("sgl", iova, last)
 
     def iovas_of(self, vaddr: int) -> list[int]:
         """Return every iova that leads to an address of this process, ascending."""
         last_of("iovas_of", vaddr, 1)
-        with self._using("iovas_of"):
+        with self.unchanged("iovas_of"):
             return sorted(self._table.reverse.iovas(vaddr))
 
     # Access, as a device does it
@@ -309,7 +309,7 @@ class IoAddressSpace:
             ENOENT: a part is not mapped; nothing is marked.
         """
         last = last_of("mark_dirty", iova, size)
-        with self._using("mark_dirty"):
+        with self.unchanged("mark_dirty"):
             for row in self._table.covering("mark_dirty", iova, last):
                 self._marks.mark(row, iova, last)
 
@@ -336,7 +336,7 @@ class IoAddressSpace:
         if into.readonly or into.npages * self.pgsize < size or into.pgsize != self.pgsize:
             raise error(errno.EINVAL, "harvest_marked", iova, size,
                         f"a writable bitmap of pages of {self.pgsize:#x} bytes for the whole range is needed")
-        with self._using("harvest_marked"):
+        with self.unchanged("harvest_marked"):
             return sum(self._marks.harvest(row, iova, last, into) for row in self._table.rows(iova, last))
 
     # Live update of vaddrs
@@ -449,7 +449,7 @@ class IoAddressSpace:
     @property
     def capabilities(self) -> Capabilities:
         """What the backend can do at this moment."""
-        with self._using("capabilities"):
+        with self.unchanged("capabilities"):
             return self.backend.capabilities()
 
     @property
@@ -517,11 +517,18 @@ class IoAddressSpace:
         with self._change("remove_listener"):
             self._listeners.remove(listener)
 
+    @contextlib.contextmanager
+    def unchanged(self, operation: str = "unchanged") -> Iterator[None]:
+        """Keep mappings from coming or going meanwhile; other threads that change them wait, look-ups do not."""
+        with self._changed:
+            self._check(operation)
+            yield
+
     def __len__(self) -> int:
         return len(self._table)
 
     def __contains__(self, iova: int) -> bool:
-        with self._using("find"):
+        with self.unchanged("find"):
             return iova in self._table.tags
 
     def __iter__(self) -> Iterator[Mapping]:
@@ -589,12 +596,6 @@ class IoAddressSpace:
         self._changed = threading.Condition(threading.RLock())      # a thread of the parent may hold the old one
         if not self._unusable:
             self._retire("forked")
-
-    @contextlib.contextmanager
-    def _using(self, operation: str) -> Iterator[None]:
-        with self._changed:
-            self._check(operation)
-            yield
 
     @contextlib.contextmanager
     def _change(self, operation: str) -> Iterator[None]:
@@ -689,7 +690,7 @@ class IoAddressSpace:
     def _pinned(self, operation: str, iova: Any, size: Any, prot: int,
                 copying: bool) -> Iterator[list[tuple[int, int]]]:
         last = last_of(operation, iova, size)
-        with self._using(operation):
+        with self.unchanged(operation):
             segments = self._table.segments(operation, iova, last, prot)
             key = self._pins.add(iova, last, copying)
         try:

@@ -106,6 +106,7 @@ class PrecopySource:
         self._on_progress = on_progress or (lambda *_: None)
         self._hello: Hello | None = None
         self.ledger: Ledger | None = None
+        self._note_sent: Callable[..., object] | None = None
 
     def introduce(self, memory: GuestMemory, pgsize: int = 4096) -> None:
         """Tell the destination what will come, so that it can get memory ready."""
@@ -142,6 +143,8 @@ class PrecopySource:
         try:
             with self._failing("migrate"):
                 tracker.start()
+                # A tracker that compares memory with what was sent must be told what that was.
+                self._note_sent = getattr(tracker, "note_sent", None) if getattr(tracker, "compares", False) else None
                 for block in layout.blocks:
                     self.ledger.pending.set(block.first_bit, block.npages)
                 step = Step.CONTINUE
@@ -230,6 +233,8 @@ class PrecopySource:
                 count = int(part[:, 1].sum())
                 copy = stage[:count * pgsize]
                 gather(block.view, part, copy, pgsize)
+                if self._note_sent is not None:
+                    self._note_sent(block.number, part, copy)
                 empty = zero_pages(copy, pgsize)
                 nempty = int(np.count_nonzero(empty))
                 if nempty:
