@@ -226,7 +226,7 @@ cdef class Type1Ioctls(Descriptor):
         cdef Py_buffer view
         cdef uint64_t *row
         cdef uint64_t unmapped
-        cdef Py_ssize_t i, n
+        cdef Py_ssize_t i, n, done
         cdef long result
         acquire_rows(entries, &view, 4, &n, "map_many")
         try:
@@ -235,10 +235,9 @@ cdef class Type1Ioctls(Descriptor):
                 result = -EINVAL if row[i * 4 + 3] & ~<uint64_t> 3 else self.map_pieces(
                     row[i * 4], row[i * 4 + 1], row[i * 4 + 2], <uint32_t> row[i * 4 + 3])
                 if result < 0:
-                    n = i
-                    for i in range(n):
-                        self.unmap_one(row[i * 4], row[i * 4 + 2], 0, &unmapped)
-                    self.fail(result, "map_many", row[n * 4], row[n * 4 + 2], n)
+                    for done in range(i):
+                        self.unmap_one(row[done * 4], row[done * 4 + 2], 0, &unmapped)
+                    self.fail(result, "map_many", row[i * 4], row[i * 4 + 2], i)
         finally:
             PyBuffer_Release(&view)
 
@@ -294,7 +293,7 @@ cdef class Type1Ioctls(Descriptor):
         cdef Py_buffer view
         cdef uint64_t *row
         cdef uint64_t unmapped
-        cdef Py_ssize_t i, n
+        cdef Py_ssize_t i, n, done
         cdef long result
         acquire_rows(entries, &view, 3, &n, "update_vaddr_many")
         try:
@@ -302,10 +301,9 @@ cdef class Type1Ioctls(Descriptor):
             for i in range(n):
                 result = self.map_pieces(row[i * 3], row[i * 3 + 1], row[i * 3 + 2], MAP_VADDR)
                 if result < 0:
-                    n = i
-                    for i in range(n):
-                        self.unmap_one(row[i * 3], row[i * 3 + 2], UNMAP_VADDR, &unmapped)
-                    self.fail(result, "update_vaddr_many", row[n * 3], row[n * 3 + 2], n)
+                    for done in range(i):
+                        self.unmap_one(row[done * 3], row[done * 3 + 2], UNMAP_VADDR, &unmapped)
+                    self.fail(result, "update_vaddr_many", row[i * 3], row[i * 3 + 2], i)
         finally:
             PyBuffer_Release(&view)
 

@@ -24,7 +24,7 @@ cdef extern from "pagehash.h" nogil:
 
 
 cdef int check_place(str operation, uint64_t vaddr, uint64_t size, uint64_t pgsize) except -1:
-    if pgsize < 4096 or pgsize & (pgsize - 1) or size == 0 or (vaddr | size) % pgsize or vaddr + size < vaddr:
+    if pgsize < 4096 or pgsize & (pgsize - 1) or size == 0 or vaddr % 4096 or size % pgsize or vaddr + size < vaddr:
         raise_errno(EINVAL, operation, None, size, f"memory at {vaddr:#x} is not whole pages of {pgsize} bytes")
     return 0
 
