@@ -21,6 +21,7 @@ KERNELS = {
     "type1": ["rangemap"],
     "kernel": [],
     "userfault": ["pagemap", "pagehash", "bitmap", "bitmap_x86", "bitmap_arm"],
+    "iommufd": ["rangemap", "bitmap", "bitmap_x86", "bitmap_arm"],
 }
 
 SANITIZE = os.environ.get("VFIODMA_SANITIZE")       # e.g. "address,undefined"

@@ -17,6 +17,8 @@ _HOME = {
     "RangeMap": "_core.rangemap",
     "SoftwareVfio": "backends.software", "SoftwareGroup": "backends.software",
     "Type1Container": "backends.type1", "KernelVfio": "kernel",
+    "Iommufd": "backends.iommufd", "Ioas": "backends.iommufd", "Hwpt": "backends.iommufd",
+    "IommufdContainer": "backends.iommufd",
     "open_backend": "backends",
     "VfioDevice": "devices.pci", "EduDriver": "devices.edu_driver",
     "VaddrHandoff": "liveupdate",

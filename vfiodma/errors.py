@@ -40,11 +40,11 @@ def _rebuild(cls, errno, message, operation, iova, size, hint):
 
 
 class InvalidArgumentError(VfioError, ValueError):
-    """EINVAL, EOVERFLOW, ERANGE, E2BIG: an argument that can't be right in this state."""
+    """EINVAL, EOVERFLOW, ERANGE, E2BIG, EMSGSIZE: an argument that can't be right in this state."""
 
 
 class OverlapError(VfioError, FileExistsError):
-    """EEXIST: the range overlaps one that is in use."""
+    """EEXIST, EADDRINUSE: the range overlaps one that is in use, or reserved."""
 
 
 class NotMappedError(VfioError, LookupError):
@@ -72,7 +72,7 @@ class DmaPermissionError(VfioError, PermissionError):
 
 
 class BusyError(VfioError):
-    """EBUSY: something still in use stands against it."""
+    """EBUSY, EDEADLK: something still in use stands against it."""
 
 
 class NoDeviceError(VfioError):
@@ -84,7 +84,7 @@ class UnsupportedError(VfioError, NotImplementedError):
 
 
 class ClosedError(VfioError, ValueError):
-    """EBADF: the object is closed, or the descriptor is not one of its own."""
+    """EBADF, EBADFD: the object is closed, or the descriptor is not one of its own."""
 
 
 class ForkedError(ClosedError):

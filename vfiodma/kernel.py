@@ -76,6 +76,13 @@ class KernelVfio:
         except OSError as exc:
             raise _typed(exc, "mmap", f"file offset {offset:#x}") from None
 
+    def dup(self, fd: int) -> int:
+        """Return a further descriptor of the same open file."""
+        try:
+            return os.dup(fd)
+        except OSError as exc:
+            raise _typed(exc, "dup") from None
+
     def close(self, fd: int) -> None:
         """Close a descriptor."""
         try:

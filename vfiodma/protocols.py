@@ -96,6 +96,9 @@ class VfioSystem(Protocol):
     def mmap(self, fd: int, size: int, offset: int, prot: int = 3) -> Any:
         """Map a device's registers; return a buffer of ``size`` bytes (Prot bits: readable, writable)."""
 
+    def dup(self, fd: int) -> int:
+        """Return a further descriptor of the same open file, as dup(2) with close-on-exec."""
+
     def close(self, fd: int) -> None:
         """Close a descriptor."""
 

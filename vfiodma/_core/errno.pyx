@@ -6,17 +6,18 @@ from .. import errors
 cdef dict _CLASSES = {
     _errno.EINVAL: errors.InvalidArgumentError, _errno.EOVERFLOW: errors.InvalidArgumentError,
     _errno.ERANGE: errors.InvalidArgumentError, _errno.E2BIG: errors.InvalidArgumentError,
-    _errno.EEXIST: errors.OverlapError,
+    _errno.EMSGSIZE: errors.InvalidArgumentError,
+    _errno.EEXIST: errors.OverlapError, _errno.EADDRINUSE: errors.OverlapError,
     _errno.ENOENT: errors.NotMappedError,
     _errno.ENOSPC: errors.DmaLimitError,
     _errno.ENOMEM: errors.LockedMemoryError,
     _errno.EFAULT: errors.MemoryFaultError,
     _errno.EPERM: errors.DmaPermissionError, _errno.EACCES: errors.DmaPermissionError,
-    _errno.EBUSY: errors.BusyError,
+    _errno.EBUSY: errors.BusyError, _errno.EDEADLK: errors.BusyError,
     _errno.ENODEV: errors.NoDeviceError, _errno.ENXIO: errors.NoDeviceError,
     _errno.ENOTTY: errors.UnsupportedError, _errno.EOPNOTSUPP: errors.UnsupportedError,
-    _errno.EBADF: errors.ClosedError,
     _errno.ETIMEDOUT: errors.TimedOutError,
+    _errno.EBADF: errors.ClosedError, _errno.EBADFD: errors.ClosedError,
     _errno.EPROTO: errors.ProtocolError, _errno.EBADMSG: errors.ProtocolError,
 }
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..protocols import Backend
 
-_MODULES = {"software": "software", "type1": "type1"}
+_MODULES = {"software": "software", "type1": "type1", "iommufd": "iommufd"}
 
 
 def open_backend(name: str, **options: Any) -> Backend:
@@ -13,7 +13,8 @@ def open_backend(name: str, **options: Any) -> Backend:
     Parameters
     ----------
     name : str
-        "software": the IOMMU inside this process; "type1": /dev/vfio/vfio of the running kernel.
+        "software": the IOMMU inside this process; "type1": /dev/vfio/vfio of the running kernel; "iommufd":
+        its /dev/iommu.
     **options
         What its ``open()`` takes.
 

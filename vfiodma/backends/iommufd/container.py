@@ -1,0 +1,191 @@
+"""An address space of an iommufd with its devices: the backend of an IoAddressSpace."""
+import contextlib
+import errno
+from collections.abc import Sequence
+from typing import Any, Self
+
+from ..._core.errno import error
+from ...errors import VfioError
+from ...protocols import DirtySource, VfioSystem
+from ...types import Capabilities
+from .context import Iommufd
+from .device import IommufdDevice
+from .hwpt import Hwpt, HwptSource
+from .ioas import Ioas
+
+# iommufd does not tell which large pages its tables have.  These are those of most IOMMUs; only placement follows them.
+_LARGE_PAGES = 1 << 21 | 1 << 30
+
+
+class IommufdContainer(Ioas):
+    """An address space of an iommufd with devices attached: the backend of an IoAddressSpace.
+
+    Satisfies Backend, SupportsMapMany, HasDirtySources and OpensDevices, and SupportsDirtyTracking where every device's
+    IOMMU tracks writes ("dirty" in ``capabilities().features``): the bits are then exact, unlike those of Type1.
+
+    Parameters
+    ----------
+    devices : sequence of str
+        PCI addresses, at least one.
+    system : VfioSystem, optional
+        Whose iommufd; by default the running kernel's.
+    huge_pages : bool
+        Let the IOMMU use large pages.  Off: dirty bits are exact to the page, and more table memory is used.
+    rlimit_mode : {None, "user", "process"}
+        See Iommufd.
+    loses_last_page : bool, optional
+        Add the page after each run of dirty ones, inside the mapping, as some kernels leave it out.  By default where
+        the kernel may (``Iommufd.may_lose_last_page``).
+
+    Attributes
+    ----------
+    iommufd : Iommufd
+    system : VfioSystem
+    devices : dict of str to IommufdDevice
+    hwpts : tuple of Hwpt
+        Page tables with dirty tracking, one an IOMMU; empty where it is not tracked.
+
+    Raises
+    ------
+    VfioError
+        With what to do: ENOENT (no /dev/iommu), ENODEV (no such device, wrong driver), EOPNOTSUPP (no device nodes),
+        EACCES, EBUSY, EINVAL, EPERM.  Nothing stays open.
+
+    Notes
+    -----
+    Thread-safe.  Source: Documentation/userspace-api/iommufd.rst; VFIO_DEVICE_ATTACH_IOMMUFD_PT.
+    """
+
+    def __init__(self, devices: Sequence[str], *, system: VfioSystem | None = None, huge_pages: bool = True,
+                 rlimit_mode: str | None = None, loses_last_page: bool | None = None) -> None:
+        if isinstance(devices, str):
+            raise TypeError("devices is a sequence of PCI addresses, not one string")
+        if not devices:
+            raise error(errno.EINVAL, "open_container", hint="name at least one device")
+        iommufd = Iommufd(system, rlimit_mode=rlimit_mode)
+        self.system: VfioSystem = iommufd.system
+        self.devices: dict[str, IommufdDevice] = {}
+        self.hwpts: tuple[Hwpt, ...] = ()
+        try:
+            for address in dict.fromkeys(devices):
+                self.devices[address] = iommufd.bind(address)
+            super().__init__(iommufd, iommufd.alloc_ioas().id)
+            if not huge_pages:
+                self.huge_pages = False
+            if all(device.hw_info().dirty_tracking for device in self.devices.values()):
+                for device in self.devices.values():
+                    self._attach_tracked(device)
+            else:
+                for device in self.devices.values():
+                    device.attach(self)
+            if loses_last_page is not None:
+                self._set_loses_last_page(loses_last_page)
+            self._pgsizes = self.iova_alignment() | _LARGE_PAGES
+        except BaseException:
+            iommufd.close()
+            raise
+
+    def _attach_tracked(self, device: IommufdDevice) -> None:
+        """Attach to a page table with dirty tracking: one that is there, or a new one for another IOMMU."""
+        for hwpt in self.hwpts:
+            try:
+                device.attach(hwpt)
+                return
+            except VfioError as exc:
+                if exc.errno != errno.EINVAL:
+                    raise
+        hwpt = self.iommufd.alloc_hwpt(self, device.id, dirty_tracking=True)
+        device.attach(hwpt)
+        self.hwpts += hwpt,
+
+    def _set_loses_last_page(self, value: bool) -> None:
+        for hwpt in self.hwpts:
+            hwpt.loses_last_page = value
+
+    def capabilities(self) -> Capabilities:
+        """Return what the container can do; see Capabilities.  iommufd has no limit of mappings."""
+        features = {"map_many", "unmap_all"} | ({"dirty"} if self.hwpts else set())
+        return Capabilities("iommufd", self._pgsizes, frozenset(features))
+
+    # ---- dirty tracking
+
+    def start_dirty(self) -> None:
+        """Start tracking, with nothing dirty.
+
+        Raises
+        ------
+        UnsupportedError
+            EOPNOTSUPP: an IOMMU does not track writes.
+        """
+        if not self.hwpts:
+            raise error(errno.EOPNOTSUPP, "start_dirty", hint="the IOMMU of a device notes no writes")
+        started: list[Hwpt] = []
+        try:
+            for hwpt in self.hwpts:
+                hwpt.set_dirty_tracking(True)
+                started.append(hwpt)
+        except VfioError:
+            for hwpt in started:
+                hwpt.set_dirty_tracking(False)
+            raise
+
+    def stop_dirty(self) -> None:
+        """Stop tracking; no effect when it is off."""
+        for hwpt in self.hwpts:
+            hwpt.set_dirty_tracking(False)
+
+    def read_dirty(self, iova: int, size: int, bitmap: Any) -> None:
+        """OR the dirty bits of a range into a bitmap and clear them.
+
+        Parameters
+        ----------
+        iova, size : int
+            Bytes; the range must not split a mapping.  Read before unmapping: the bits go with the mapping.
+        bitmap : writable buffer
+            u64 words, bit 0 = the page of ``capabilities().min_pgsize`` bytes at ``iova``.
+        """
+        if not self.hwpts:
+            raise error(errno.EOPNOTSUPP, "read_dirty", iova, size, "the IOMMU of a device notes no writes")
+        for hwpt in self.hwpts:
+            hwpt.harvest(iova, size, bitmap, pgsize=self._pgsizes & -self._pgsizes)
+
+    def dirty_sources(self) -> Sequence[DirtySource]:
+        """Return one source a page table; none where writes are not tracked."""
+        return [HwptSource(hwpt) for hwpt in self.hwpts]
+
+    # ---- devices
+
+    def open_device_fd(self, address: str) -> int:
+        """Return a descriptor of a device of the container; the caller closes it with ``system.close``.
+
+        It is a duplicate: a device node can be open only once.  Closing the container detaches the device, so that a
+        duplicate left open reaches no memory.
+
+        Raises
+        ------
+        NoDeviceError
+            ENODEV: the device is not one of this container.
+        """
+        device = self.devices.get(address)
+        if device is None:
+            raise error(errno.ENODEV, "open_device_fd", hint=f"{address} is not a device of this container; it has: "
+                        + (", ".join(self.devices) or "none, it is closed"))
+        return device.dup()
+
+    def close(self) -> None:
+        """Detach the devices, remove every mapping and close all.  Idempotent."""
+        for device in reversed(self.devices.values()):
+            with contextlib.suppress(VfioError):        # a duplicate that is still open would keep it attached
+                device.detach()
+        for destroy in (*(hwpt.destroy for hwpt in self.hwpts), self.destroy):
+            with contextlib.suppress(VfioError):
+                destroy()
+        self.devices.clear()
+        self.hwpts = ()
+        self.iommufd.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()

@@ -1,0 +1,119 @@
+"""A device node bound to an iommufd."""
+import contextlib
+import errno
+from typing import TYPE_CHECKING, Any, Self
+
+from ..._core.kernel import Descriptor
+from ...errors import VfioError
+from ...uapi import vfio as abi
+from .hwpt import Hwpt
+from .ioas import Ioas
+
+if TYPE_CHECKING:
+    from .context import HwInfo, Iommufd
+
+# The forms without PASIDs and tokens, which every kernel takes.
+_BIND = abi.vfio_device_bind_iommufd.at("6.12")
+_ATTACH = abi.vfio_device_attach_iommufd_pt.at("6.12")
+_DETACH = abi.vfio_device_detach_iommufd_pt.at("6.12")
+
+
+class IommufdDevice(Descriptor):
+    """A VFIO device, opened by its own node and bound to an iommufd; made by ``Iommufd.bind``.
+
+    Attributes
+    ----------
+    iommufd : Iommufd
+    address : str
+    id : int
+        Its number in the iommufd.
+
+    Notes
+    -----
+    A node can be open only once while it is bound; further descriptors are duplicates (``dup()``).
+    Source: VFIO_DEVICE_BIND_IOMMUFD.
+    """
+
+    def __init__(self, iommufd: "Iommufd", address: str, path: str) -> None:
+        self.iommufd = iommufd
+        self.address = address
+        super().__init__(iommufd.system, iommufd.system.open(path))
+        try:
+            data = bytearray(_BIND.pack(argsz=_BIND.size, iommufd=iommufd.fd))
+            self.ioctl(abi.VFIO_DEVICE_BIND_IOMMUFD, data, "bind")
+            self.id: int = _BIND.unpack(data)["out_devid"]
+        except BaseException:
+            super().close()
+            raise
+        iommufd.devices.append(self)
+
+    def hw_info(self) -> "HwInfo":
+        """Ask for the IOMMU in front of the device."""
+        return self.iommufd.hw_info(self.id)
+
+    def attach(self, table: Ioas | Hwpt) -> int:
+        """Let the device reach what an address space maps; return the number of the page table in use.
+
+        An attached device changes over at once, without a moment in which it reaches nothing.
+
+        Parameters
+        ----------
+        table : Ioas or Hwpt
+            With an address space the kernel finds or makes a page table.
+
+        Raises
+        ------
+        VfioError
+            EADDRINUSE: a mapping or an allowed range lies where the device does not reach, or mappings are no multiples
+            of its page size; EINVAL: the page table is not for this IOMMU, or another device of the group is
+            attached elsewhere; EFAULT, ENOMEM: what is mapped can't be pinned.  The device stays as it was.
+        """
+        data = bytearray(_ATTACH.pack(argsz=_ATTACH.size, pt_id=table.id))
+        self.ioctl(abi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, data, "attach")
+        return _ATTACH.unpack(data)["pt_id"]
+
+    def detach(self) -> None:
+        """Take everything out of the device's reach; no effect when it is not attached."""
+        self.ioctl(abi.VFIO_DEVICE_DETACH_IOMMUFD_PT, bytearray(_DETACH.pack(argsz=_DETACH.size)), "detach")
+
+    def dup(self) -> int:
+        """Return another descriptor of the device, which the caller closes with ``system.close``."""
+        if self.fd < 0:
+            self.ioctl(abi.VFIO_DEVICE_GET_INFO, 0, "dup")          # EBADF
+        return self.system.dup(self.fd)
+
+    def _hint(self, err: int, operation: str) -> str:
+        return _HINTS.get((err, operation)) or super()._hint(err, operation)
+
+    def close(self) -> None:
+        """Detach the device and close the descriptor.  Idempotent."""
+        if self.fd < 0:
+            return
+        # A duplicate would keep the device attached.
+        with contextlib.suppress(VfioError):
+            self.detach()
+        super().close()
+        with contextlib.suppress(ValueError):
+            self.iommufd.devices.remove(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+_HINTS = {
+    (errno.EINVAL, "bind"): "it is bound already, here or by another process, or its IOMMU is not cache coherent",
+    (errno.EBUSY, "bind"): "its group is open through /dev/vfio/<group>, or has a device in a host driver's hands",
+    (errno.EPERM, "bind"): "no interrupt remapping isolates its interrupts: enable it in the firmware, or load "
+                           "iommufd with allow_unsafe_interrupts=1",
+    (errno.EADDRINUSE, "attach"): "a mapping or an allowed range lies where the device does not reach (see "
+                                  "iova_ranges()): attach before mapping, or restrict with allow_iovas()",
+    (errno.EINVAL, "attach"): "the page table is not for the IOMMU of this device, or another device of its group is "
+                              "attached to another one",
+    (errno.EFAULT, "attach"): "a mapping is of memory that the process does not have, or not with that permission",
+    (errno.ENOMEM, "attach"): "what is mapped exceeds the limit of locked memory (RLIMIT_MEMLOCK): raise it with "
+                              "'ulimit -l', or run with CAP_IPC_LOCK",
+    (errno.ENOENT, "attach"): "the address space or page table is destroyed, or of another iommufd",
+}
