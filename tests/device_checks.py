@@ -19,6 +19,7 @@ from vfiodma.devices.regions import RegionFlags
 from vfiodma.errors import (
     BusyError,
     ClosedError,
+    ForkedError,
     InvalidArgumentError,
     NoDeviceError,
     TimedOutError,
@@ -129,6 +130,22 @@ class RegisterChecks:
         device = VfioDevice.open(container, EDU)
         with pytest.warns(ResourceWarning, match="0000:00:10.0"):
             del device
+
+    def test_the_child_of_a_fork_may_only_close_it(self, device):
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                assert device.forked
+                for call in (lambda: device.config.vendor_id, lambda: device.interrupts.info(0), device.reset):
+                    with pytest.raises(ForkedError):
+                        call()
+                device.close()
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert device.config.vendor_id == 0x1234
 
     def test_a_device_can_be_opened_twice(self, container, device):
         with VfioDevice.open(container, EDU) as other:
@@ -329,6 +346,22 @@ class InterruptChecks:
                     vectors.assign(1, [mine])
         finally:
             os.close(mine)
+
+    def test_a_child_of_a_fork_leaves_the_interrupts_alone(self, device):
+        with device.interrupts(IrqIndex.MSI) as vectors:
+            pid = os.fork()
+            if not pid:
+                device.close()
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+            vectors.trigger()
+            assert vectors.wait(2) == 1
+
+    def test_forgotten_vectors_are_a_resource_warning(self, device):
+        vectors = device.interrupts(IrqIndex.MSI)
+        with pytest.warns(ResourceWarning, match="vectors of MSI"):
+            del vectors
+        device.interrupts(IrqIndex.MSI).close()
 
     def test_closing_the_device_closes_its_vectors(self, container):
         device = VfioDevice.open(container, EDU)

@@ -8,15 +8,13 @@ from ..uapi.layout import Layout
 if TYPE_CHECKING:
     from .pci import VfioDevice
 
-_FIRST_SIZE = 256
-
 
 class Capability(NamedTuple):
     """A capability as the kernel wrote it."""
 
     id: int
     version: int
-    data: bytes         #: with its header, up to the next capability or the end
+    data: bytes         #: with its header, up to the next capability or the end of all
 
     def unpack(self, layout: Layout) -> dict[str, Any]:
         """Decode it; bytes that an older kernel did not write are 0."""
@@ -38,11 +36,11 @@ def decode_chain(data: bytes, first: int) -> tuple[Capability, ...]:
 def ask(device: "VfioDevice", request: int, layout: Layout, operation: str, hints: Mapping[int, str] | None = None,
         **values: Any) -> bytes:
     """Do an information ioctl with as large a buffer as the kernel wants; return structure and capabilities."""
-    size = _FIRST_SIZE
+    size = layout.size      # without capabilities, so that the answer is exactly as long as they are
     while True:
         data = bytearray(layout.pack(argsz=size, **values).ljust(size, b"\0"))
         device.control(request, data, operation, hints)
         needed = layout.unpack(data)["argsz"]
         if needed <= size:
-            return bytes(data[:needed])
+            return bytes(data)
         size = needed

@@ -46,7 +46,7 @@ class IoEvent:
         layout = abi.vfio_device_ioeventfd
         data = bytearray(layout.pack(argsz=layout.size, fd=fd, **self._fields))
         self._device.control(abi.VFIO_DEVICE_IOEVENTFD, data, "ioeventfd", {
-            errno.EINVAL: "only registers in BARs 0 to 5, outside of the MSI-X table; 8 bytes only where the kernel can",
+            errno.EINVAL: "registers in BARs 0 to 5, outside of the MSI-X table; 8 bytes only where the kernel can",
             errno.EEXIST: "the same write of the same register has an eventfd already",
             errno.ENOSPC: "a device can have no more ioeventfds",
             errno.ENOTTY: "the device, or this processor architecture, has no ioeventfds",

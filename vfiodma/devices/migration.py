@@ -184,7 +184,8 @@ class Migration:
                                               layout.pack(device_state=target, data_fd=-1), "set_migration_state")
         except VfioError as exc:
             if exc.errno == errno.EINVAL:
-                exc.hint = f"no way leads to {target!r}: only a reset leaves ERROR; flags names the states there are"
+                exc.hint = f"no way leads to {target!r}: flags has the states there are, and only a reset leaves " \
+                           "ERROR; or the data written is not complete"
             raise
         fd = layout.unpack(data)["data_fd"]
         if fd < 0:
