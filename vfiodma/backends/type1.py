@@ -18,6 +18,8 @@ from ..uapi import vfio as abi
 from ..uapi.caps import capability_chain
 
 CONTAINER = "/dev/vfio/vfio"
+EVERYWHERE = IovaRange(0, (1 << 64) - 1)
+UNLIMITED = (1 << 32) - 1               # what iommufd tells of mappings left: it has no limit
 
 
 class Type1Info(NamedTuple):
@@ -88,6 +90,7 @@ class Type1Container(Type1Ioctls):
         vfio = KernelVfio() if system is None else system
         self._groups: dict[str, Descriptor] = {}            # node -> group
         self._members: dict[str, Descriptor] = {}           # address -> its group
+        self._held: list[Descriptor] = []                   # devices that must be open to be attached
         if isinstance(devices, str):
             raise TypeError("devices is a sequence of PCI addresses, not one string")
         locations = [vfio.find_device(address) for address in devices]
@@ -108,7 +111,10 @@ class Type1Container(Type1Ioctls):
                 self._members[location.address] = self._groups[location.group_path]
             self._set_iommu(iommu_type)
             if not self.noiommu:
-                self._take_limits(self.info())
+                info = self.info()
+                if info.iova_ranges == (EVERYWHERE,):
+                    self._hold_devices()
+                self._take_limits(info)
         except BaseException:
             self.close()
             raise
@@ -137,6 +143,11 @@ class Type1Container(Type1Ioctls):
             elif exc.errno == errno.ENODEV:
                 exc.hint = f"no IOMMU driver offers type {iommu_type}: modprobe vfio_iommu_type1"
             raise
+
+    def _hold_devices(self) -> None:
+        """Open the devices: iommufd attaches them only then, and what they can't reach was told as usable before."""
+        for address in self._members:
+            self._held.append(Descriptor(self.system, self.open_device_fd(address)))
 
     def info(self) -> Type1Info:
         """Ask VFIO_IOMMU_GET_INFO, with as large a buffer as the kernel wants."""
@@ -171,8 +182,9 @@ class Type1Container(Type1Ioctls):
             features.add("vaddr")
         if info.dirty_pgsizes and self.iommu_type != abi.VFIO_TYPE1_IOMMU:
             features.add("dirty")
-        limit = dma_entry_limit() if self.real else None
-        return Capabilities("type1", info.pgsizes, frozenset(features), info.dma_avail, limit,
+        avail = None if info.dma_avail == UNLIMITED else info.dma_avail
+        limit = dma_entry_limit() if self.real and info.dma_avail != UNLIMITED else None
+        return Capabilities("type1", info.pgsizes, frozenset(features), avail, limit,
                             info.max_dirty_bitmap_size)
 
     def iova_ranges(self) -> tuple[IovaRange, ...]:
@@ -209,6 +221,8 @@ class Type1Container(Type1Ioctls):
         if err == errno.ENOSPC:
             return ("no mapping is left (dma_entry_limit): map larger pieces, or load vfio_iommu_type1 with a larger "
                     "dma_entry_limit")
+        if err == errno.ENOENT and operation == "unmap_dma":
+            return "it would split a mapping: iommufd removes whole mappings only"
         if err == errno.EEXIST:
             return "a mapping overlaps it: unmap that first"
         if err == errno.EFAULT:
@@ -231,8 +245,9 @@ class Type1Container(Type1Ioctls):
                     self.unmap_all()
                 else:
                     self.unmap_dma(0, 1 << 63)
-        for group in reversed(self._groups.values()):
-            group.close()
+        for opened in (*reversed(self._held), *reversed(self._groups.values())):
+            opened.close()
+        self._held.clear()
         self._groups.clear()
         self._members.clear()
         super().close()

@@ -298,7 +298,12 @@ def test_the_container_of_old_works_on_iommufd(node, memory):
     with Type1Container([NIC], node=node) as container:
         found = container.capabilities()
         assert {"map_many", "unmap_all"} <= found.features
-        assert found.min_pgsize == PAGE and container.iova_ranges()
+        assert found.min_pgsize == PAGE
+        assert not any(r.start <= 0xFEE00000 <= r.last for r in container.iova_ranges()), "devices are attached by now"
+        with pytest.raises(VfioError) as caught:
+            container.map_dma(0xFEE00000, vaddr(memory), PAGE, 3)
+        assert caught.value.errno == errno.EINVAL
+        assert (found.dma_entry_limit is None) == (node == "/dev/iommu")
         container.map_dma(0x10000, vaddr(memory), 4 * PAGE, 3)
         with pytest.raises(VfioError) as caught:
             container.map_dma(0x11000, vaddr(memory), PAGE, 3)

@@ -109,6 +109,11 @@ class IommufdContainer(Ioas):
 
     # ---- dirty tracking
 
+    def _require_tracking(self, operation: str) -> None:
+        if not self.hwpts:
+            raise error(errno.EOPNOTSUPP, operation, hint="the IOMMU of a device notes no writes: use the devices' own "
+                        "logs, or a Type1 container, which calls everything dirty")
+
     def start_dirty(self) -> None:
         """Start tracking, with nothing dirty.
 
@@ -117,8 +122,7 @@ class IommufdContainer(Ioas):
         UnsupportedError
             EOPNOTSUPP: an IOMMU does not track writes.
         """
-        if not self.hwpts:
-            raise error(errno.EOPNOTSUPP, "start_dirty", hint="the IOMMU of a device notes no writes")
+        self._require_tracking("start_dirty")
         started: list[Hwpt] = []
         try:
             for hwpt in self.hwpts:
@@ -144,13 +148,19 @@ class IommufdContainer(Ioas):
         bitmap : writable buffer
             u64 words, bit 0 = the page of ``capabilities().min_pgsize`` bytes at ``iova``.
         """
-        if not self.hwpts:
-            raise error(errno.EOPNOTSUPP, "read_dirty", iova, size, "the IOMMU of a device notes no writes")
+        self._require_tracking("read_dirty")
         for hwpt in self.hwpts:
             hwpt.harvest(iova, size, bitmap, pgsize=self._pgsizes & -self._pgsizes)
 
     def dirty_sources(self) -> Sequence[DirtySource]:
-        """Return one source a page table; none where writes are not tracked."""
+        """Return one source a page table.
+
+        Raises
+        ------
+        UnsupportedError
+            EOPNOTSUPP: an IOMMU does not track writes.
+        """
+        self._require_tracking("dirty_sources")
         return [HwptSource(hwpt) for hwpt in self.hwpts]
 
     # ---- devices
