@@ -10,7 +10,7 @@
 
 #define PAGE 4096
 
-static uint64_t charged;
+static uint64_t charged, user_charged;
 
 void memlock_charge(uint64_t pages)
 {
@@ -30,6 +30,7 @@ uint64_t memlock_charged(void)
 void memlock_forget(void)
 {
     __atomic_store_n(&charged, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&user_charged, 0, __ATOMIC_RELAXED);
 }
 
 uint64_t memlock_vmlck(void)
@@ -45,10 +46,9 @@ uint64_t memlock_vmlck(void)
     return line ? strtoull(line + 7, NULL, 10) * 1024 / PAGE : 0;
 }
 
-uint64_t memlock_allowed(int64_t limit, bool capable)
+/* Pages of a limit that `used` leaves. */
+static uint64_t pages_left(int64_t limit, uint64_t used)
 {
-    if (capable || limit == MEMLOCK_UNLIMITED)
-        return UINT64_MAX;
     uint64_t bytes = (uint64_t)limit;
     if (limit == MEMLOCK_PROCESS) {
         struct rlimit now;
@@ -56,13 +56,44 @@ uint64_t memlock_allowed(int64_t limit, bool capable)
             return UINT64_MAX;
         bytes = now.rlim_cur;
     }
-    uint64_t used = memlock_charged() + memlock_vmlck();
     return bytes / PAGE > used ? bytes / PAGE - used : 0;
+}
+
+uint64_t memlock_allowed(int64_t limit, bool capable)
+{
+    if (capable || limit == MEMLOCK_UNLIMITED)
+        return UINT64_MAX;
+    return pages_left(limit, memlock_charged() + memlock_vmlck());
+}
+
+void memlock_user_charge(uint64_t pages)
+{
+    __atomic_fetch_add(&user_charged, pages, __ATOMIC_RELAXED);
+}
+
+void memlock_user_uncharge(uint64_t pages)
+{
+    __atomic_fetch_sub(&user_charged, pages, __ATOMIC_RELAXED);
+}
+
+uint64_t memlock_user_charged(void)
+{
+    return __atomic_load_n(&user_charged, __ATOMIC_RELAXED);
+}
+
+uint64_t memlock_user_allowed(int64_t limit)
+{
+    return limit == MEMLOCK_UNLIMITED ? UINT64_MAX : pages_left(limit, memlock_user_charged());
+}
+
+bool memlock_has_capability(int capability)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct data[2];
+    return !syscall(SYS_capget, &header, data) && (data[capability / 32].effective >> (capability % 32) & 1);
 }
 
 bool memlock_capable(void)
 {
-    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
-    struct __user_cap_data_struct data[2];
-    return !syscall(SYS_capget, &header, data) && (data[0].effective >> CAP_IPC_LOCK & 1);
+    return memlock_has_capability(CAP_IPC_LOCK);
 }

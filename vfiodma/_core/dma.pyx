@@ -35,8 +35,62 @@ cdef enum:
 cdef struct log_range:
     uint64_t start, last, first_bit
 
-cdef dict REASONS = {-_errno.EINVAL: "not mapped", -_errno.EPERM: "not permitted", -_errno.EFAULT: "memory is gone",
+cdef dict REASONS = {-_errno.EINVAL: "not mapped", -_errno.ENOENT: "not mapped",
+                     -_errno.EPERM: "not permitted", -_errno.EFAULT: "memory is gone",
                      -_errno.EBUSY: "a vaddr is invalid"}
+
+
+cdef class DmaPath:
+    """What stands between a device and memory: an IOMMU, or a container for devices without one."""
+
+    cdef int access(self, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
+        done[0] = 0
+        return -EINVAL
+
+    cdef int check_process(self, str operation) except -1:
+        return 0
+
+    def pin_pages(self, iova, npages, prot):
+        """Pin pages of an emulated device."""
+        raise_errno(EINVAL, "pin_pages", iova, None, "the device goes through an IOMMU")
+
+    def unpin_pages(self, iova, npages):
+        """Let pinned pages go."""
+        raise_errno(EINVAL, "unpin_pages", iova, None, "the device goes through an IOMMU")
+
+
+cdef class Type1Path(DmaPath):
+    """The way of a group's devices through a Type1 instance."""
+    cdef Type1 type1
+    cdef IommuGroup group
+    cdef bint emulated
+
+    def __cinit__(self, Type1 type1 not None, IommuGroup group not None):
+        self.type1 = type1
+        self.group = group
+        self.emulated = group.emulated
+
+    cdef int access(self, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
+        cdef type1_t *t = self.type1.t
+        cdef int err
+        if not self.emulated:
+            return device_access(t, iova, data, size, write, done)
+        pthread_mutex_lock(&t.lock)
+        err = dma_rw(t, iova, data, size, write)
+        pthread_mutex_unlock(&t.lock)
+        done[0] = 0 if err else size
+        return err
+
+    cdef int check_process(self, str operation) except -1:
+        return self.type1.check_process(operation)
+
+    def pin_pages(self, iova, npages, prot):
+        """Pin pages of an emulated device; see Type1.pin_pages."""
+        self.type1.pin_pages(self.group, iova, npages, prot)
+
+    def unpin_pages(self, iova, npages):
+        """Let pinned pages go."""
+        self.type1.unpin_pages(iova, npages)
 
 
 cdef class DmaPort:
@@ -58,9 +112,7 @@ cdef class DmaPort:
     -----
     Thread-safe.  The GIL is released for every access.
     """
-    cdef Type1 type1
-    cdef IommuGroup group
-    cdef bint emulated
+    cdef DmaPath path
     cdef pthread_rwlock_t log_lock      # read: a write is being logged; write: the log starts or stops
     cdef dirtylog *log
     cdef log_range ranges[MAX_LOG_RANGES]
@@ -70,11 +122,9 @@ cdef class DmaPort:
     cdef readonly object faults
     cdef readonly uint64_t fault_count
 
-    def __cinit__(self, Type1 type1 not None, IommuGroup group not None, str device):
+    def __cinit__(self, DmaPath path not None, str device):
         pthread_rwlock_init(&self.log_lock, NULL)
-        self.type1 = type1
-        self.group = group
-        self.emulated = group.emulated
+        self.path = path
         self.device = device
         self.faults = deque(maxlen=KEPT_FAULTS)
 
@@ -85,29 +135,21 @@ cdef class DmaPort:
 
     # ---- access
 
-    cdef int access(self, type1_t *t, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
-        cdef uint64_t reach
-        cdef int err
-        if self.emulated:
-            pthread_mutex_lock(&t.lock)
-            err = dma_rw(t, iova, data, size, write)
-            pthread_mutex_unlock(&t.lock)
-            done[0] = 0 if err else size
-            return err
+    cdef int access(self, DmaPath path, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
         # Addresses do not go round: what would continue at 0 is a fault there.
-        reach = size if size == 0 or iova + size - 1 >= iova else 0 - iova
-        err = device_access(t, iova, data, reach, write, done)
+        cdef uint64_t reach = size if size == 0 or iova + size - 1 >= iova else 0 - iova
+        cdef int err = path.access(iova, data, reach, write, done)
         # Logged after the bytes are there: whoever harvests the bit finds them.
         if write and done[0]:
             self.mark(iova, done[0])
         return err if err or reach == size else -EINVAL
 
-    cdef Type1 connected(self, str operation):
-        cdef Type1 type1 = self.type1
-        if type1 is None:
+    cdef DmaPath connected(self, str operation):
+        cdef DmaPath path = self.path
+        if path is None:
             raise_errno(_errno.EBADF, operation, None, None, "the device is closed")
-        type1.check_process(operation)
-        return type1
+        path.check_process(operation)
+        return path
 
     cdef record(self, int err, uint64_t iova, uint64_t size, bint write):
         self.fault_count += 1
@@ -130,12 +172,12 @@ cdef class DmaPort:
             EBADF: the device is closed.
         """
         cdef uint64_t at = u64("dma_read", iova), length = u64("dma_read", size), done
-        cdef Type1 type1 = self.connected("dma_read")
+        cdef DmaPath path = self.connected("dma_read")
         cdef bytes data = new_bytes("dma_read", iova, length)
         cdef char *to = PyBytes_AS_STRING(data)
         cdef int err
         with nogil:
-            err = self.access(type1.t, at, to, length, False, &done)
+            err = self.access(path, at, to, length, False, &done)
         if err:
             self.fault(err, at + done, length - done, False)
         return data
@@ -143,14 +185,14 @@ cdef class DmaPort:
     def write(self, iova, data):
         """Write bytes-like ``data`` at ``iova``; errors as read().  What stands before a fault is written."""
         cdef uint64_t at = u64("dma_write", iova), done, size
-        cdef Type1 type1 = self.connected("dma_write")
+        cdef DmaPath path = self.connected("dma_write")
         cdef Py_buffer view
         cdef int err
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             size = view.len
             with nogil:
-                err = self.access(type1.t, at, view.buf, size, True, &done)
+                err = self.access(path, at, view.buf, size, True, &done)
         finally:
             PyBuffer_Release(&view)
         if err:
@@ -169,7 +211,7 @@ cdef class DmaPort:
         int
             Rows that faulted; each is recorded.
         """
-        cdef Type1 type1 = self.connected("dma_write")
+        cdef DmaPath path = self.connected("dma_write")
         cdef Py_buffer where, what
         cdef uint64_t done, size
         cdef Py_ssize_t i = 0, n, faulted = 0
@@ -186,7 +228,7 @@ cdef class DmaPort:
                     with nogil:
                         err = 0
                         while i < n and not err:
-                            err = self.access(type1.t, (<uint64_t *> where.buf)[i], <char *> what.buf + i * size, size, True, &done)
+                            err = self.access(path, (<uint64_t *> where.buf)[i], <char *> what.buf + i * size, size, True, &done)
                             i += 1
                     if err:
                         faulted += 1
@@ -199,7 +241,7 @@ cdef class DmaPort:
 
     def pin_pages(self, iova, npages, prot):
         """Pin pages of an emulated device; see Type1.pin_pages."""
-        self.connected("pin_pages").pin_pages(self.group, iova, npages, prot)
+        self.connected("pin_pages").pin_pages(iova, npages, prot)
 
     def unpin_pages(self, iova, npages):
         """Let pinned pages go."""
@@ -207,7 +249,7 @@ cdef class DmaPort:
 
     def disconnect(self):
         """Cut the device off; later accesses raise ClosedError.  Stops the log."""
-        self.type1 = None
+        self.path = None
         self.stop_logging()
 
     # ---- the log

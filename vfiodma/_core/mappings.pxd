@@ -17,3 +17,5 @@ cdef void uncount_page(dma_t *dma, bint countable) noexcept nogil
 cdef uint64_t charged_pages() noexcept nogil
 cdef uint64_t process_locked_pages() noexcept nogil
 cdef void forget_charges() noexcept nogil
+cdef int charge_process(uint64_t pages, int64_t limit) noexcept nogil
+cdef void uncharge_process(uint64_t pages) noexcept nogil

@@ -48,6 +48,18 @@ cdef void forget_charges() noexcept nogil:
     memlock_forget()
 
 
+cdef int charge_process(uint64_t pages, int64_t limit) noexcept nogil:
+    """Charge pages to the process's locked memory, for somebody without CAP_IPC_LOCK."""
+    if pages > memlock_allowed(limit, False):
+        return -ENOMEM
+    memlock_charge(pages)
+    return 0
+
+
+cdef void uncharge_process(uint64_t pages) noexcept nogil:
+    memlock_uncharge(pages)
+
+
 cdef type1_t *type1_new(int version, bint v2, uint32_t entry_limit, int64_t memlock_limit, void *owner) noexcept nogil:
     cdef pthread_rwlockattr_t attributes
     cdef type1_t *t = <type1_t *> calloc(1, sizeof(type1_t))
