@@ -457,6 +457,9 @@ def flat(steps):
         yield from flat(step.get("steps", ()))
 
 
+NEEDS_SYS_RESOURCE = {"option/0/op-0", "option/rlimit-mode-without-objects"}
+
+
 def cannot_run(row):
     """Return why this process cannot run a scenario, or None."""
     steps = list(flat(row["prelude"] + row["steps"]))
@@ -466,17 +469,22 @@ def cannot_run(row):
         return f"it needs a hard RLIMIT_MEMLOCK above {hard}"
     if "limits" in row["tags"] and not has_capabilities(14, 7):
         return "it compares a process with CAP_IPC_LOCK with one that drops it by CAP_SETUID"
+    if row["name"] in NEEDS_SYS_RESOURCE and not has_capabilities(24):
+        return "it sets the mode of accounting, which needs CAP_SYS_RESOURCE"
     return None
 
 
-def replay(target, kernel, set_name, only="*", skip_tags=frozenset()):
+def replay(target, kernel, set_name, only="*", skip_tags=frozenset(), leave_out=frozenset()):
     """Yield (row, reason it is left out or None, its differences) for each scenario that ``kernel`` answered."""
     for row in load(set_name):
         expected = row["answers"].get(kernel)
         if expected is None or not fnmatch.fnmatch(row["name"], only):
             continue
         tags = skip_tags & {tag.split(":")[0] for tag in row["tags"]}
-        reason = f"tag {', '.join(sorted(tags))}" if tags else cannot_run(row)
+        if tags:
+            reason = f"tag {', '.join(sorted(tags))}"
+        else:
+            reason = "left out by name" if row["name"] in leave_out else cannot_run(row)
         yield row, reason, [] if reason else list(differences(expected, run_isolated(target, row)))
 
 

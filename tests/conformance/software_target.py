@@ -2,7 +2,10 @@
 import os
 
 from vfiodma import SoftwareGroup, SoftwareVfio
+from vfiodma.backends.software.iommufd import IommufdFile
 from vfiodma.devices.edu import EduDevice
+
+from .iommufd_self_test import SelfTest
 
 MDEV = 9
 
@@ -12,11 +15,12 @@ class SoftwareTarget:
 
     def __init__(self, kernel):
         self.vfio = SoftwareVfio(kernel=kernel, groups=[
-            SoftwareGroup(0, [EduDevice("0000:00:10.0")]),
-            SoftwareGroup(1, [EduDevice("0000:00:11.0")]),
-            SoftwareGroup(2, ["0000:01:01.0", "0000:01:02.0"]),
+            SoftwareGroup(0, [EduDevice("0000:00:10.0")], dirty_tracking=False),
+            SoftwareGroup(1, [EduDevice("0000:00:11.0")], dirty_tracking=False),
+            SoftwareGroup(2, ["0000:01:01.0", "0000:01:02.0"], dirty_tracking=False),
             SoftwareGroup(MDEV, ["83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"], emulated=True),
         ])
+        self.self_test = SelfTest(kernel)
         self.others = set()                 # descriptors of files that are not VFIO's
 
     def open(self, step):
@@ -26,11 +30,20 @@ class SoftwareTarget:
             return self.vfio.open(f"/dev/vfio/{min(step['index'], 2)}")
         if step["kind"] == "mdev":
             return self.vfio.open(f"/dev/vfio/{MDEV}")
+        if step["kind"] == "iommu":
+            return self.vfio.open("/dev/iommu")
+        if step["kind"] == "cdev":
+            return self.vfio.open(f"/dev/vfio/devices/vfio{step['index']}")
         fd = os.open(step["path"], os.O_RDWR)
         self.others.add(fd)
         return fd
 
     def ioctl(self, handle, request, arg):
+        file = self.vfio._files.get(handle)
+        if isinstance(file, IommufdFile):
+            answer = self.self_test.ioctl(file.context, request, arg)
+            if answer is not None:
+                return answer
         return self.vfio.ioctl(handle, request, arg)
 
     def close(self, handle):
@@ -58,5 +71,5 @@ class SoftwareTarget:
 
 
 def make_target(kernel, set_name):
-    """Return the implementation under test; one target serves the sets type1 and emulated."""
+    """Return the implementation under test; one target serves all sets."""
     return SoftwareTarget(kernel)

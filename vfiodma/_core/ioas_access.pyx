@@ -10,7 +10,7 @@ from .ioas cimport READABLE, WRITEABLE, check_alignment, update_alignment
 from .ioas_objects cimport object_add, object_remove
 from .ioas_pages cimport pages_address, pages_drop, pages_hold
 from .ioas_state cimport (
-    ACCESS, FREE, IOAS, access_pin_t, access_t, area_at, area_t, context_t, ioas_t, object_of,
+    ACCESS, IOAS, access_pin_t, access_t, area_at, area_t, context_t, ioas_t, object_of,
 )
 from .state cimport PS
 

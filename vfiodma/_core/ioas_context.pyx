@@ -6,6 +6,7 @@ import errno as _errno
 import os
 
 cimport cython
+from cpython.exc cimport PyErr_WriteUnraisable
 from libc.errno cimport EINVAL
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free
@@ -24,7 +25,7 @@ from .ioas_ioctl cimport NEEDS_DESCRIPTOR, iommufd_ioctl
 from .ioas_objects cimport object_add, object_remove
 from .ioas_pages cimport forget_user_charges
 from .ioas_state cimport (
-    FAULT_QUEUE, HWPT, IOAS, OTHER, area_at, area_t, context_t, hwpt_t, ioas_t, object_of,
+    FAULT_QUEUE, HWPT, IOAS, OTHER, area_at, area_t, hwpt_t, ioas_t, object_of,
 )
 from .state cimport (
     PS, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
@@ -135,8 +136,12 @@ cdef class IommufdContext:
         pthread_mutex_unlock(&self.c.lock)
 
     def _notify_unmap(self, iova, size):
+        # All of them are told; what one raises is reported as unraisable, as there is nobody to catch it.
         for access in list(self.listeners):
-            access.notify(iova, size)
+            try:
+                access.notify(iova, size)
+            except BaseException:
+                PyErr_WriteUnraisable(access)
 
     # ---- the raw door
 
@@ -189,13 +194,14 @@ cdef class IommufdContext:
             raise_errno(-err, "add_object")
         return number
 
-    def remove_object(self, uint32_t number):
-        """Give an id of add_object back; a fault queue keeps its id, and can be destroyed now."""
+    def remove_object(self, uint32_t number, bint keep=False):
+        """Give an id of add_object back, or keep it for whoever destroys it."""
         self.enter("remove_object")
-        if object_of(&self.c, number, FAULT_QUEUE):
-            self.c.objects[number].data = NULL
-        elif object_of(&self.c, number, OTHER):
-            object_remove(&self.c, number)
+        if object_of(&self.c, number, FAULT_QUEUE) or object_of(&self.c, number, OTHER):
+            if keep:
+                self.c.objects[number].data = NULL
+            else:
+                object_remove(&self.c, number)
         self.leave()
 
     def compat_ioas(self):

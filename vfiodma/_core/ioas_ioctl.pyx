@@ -7,7 +7,6 @@ from libc.errno cimport (
     E2BIG, EADDRINUSE, EBUSY, EEXIST, EFAULT, EINVAL, EMSGSIZE, ENODEV, ENOENT, ENOMEM, ENOTTY, EOPNOTSUPP, EOVERFLOW, EPERM,
 )
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
-from libc.stdlib cimport free
 from libc.string cimport memset
 
 from .hwpt cimport hwpt_alloc, hwpt_arguments, hwpt_destroy
@@ -19,12 +18,11 @@ from .ioas_compat cimport compat_ioctl
 from .ioas_dirty cimport dirty_disable, dirty_enable, dirty_get
 from .ioas_objects cimport object_add, object_remove
 from .ioas_state cimport (
-    DEVICE, FAULT_QUEUE, FREE, HWPT, IOAS, OTHER, area_after, area_from, area_t, context_t, device_t, hwpt_t, ioas_t, object_of,
+    DEVICE, FAULT_QUEUE, FREE, HWPT, IOAS, area_after, area_from, area_t, context_t, device_t, hwpt_t, ioas_t, object_of,
 )
 from .ioas_uapi cimport *
 from .state cimport (
-    PS, V7_2, iova_range, rangemap, rangemap_count, rangemap_entry, rangemap_free, rangemap_insert, rangemap_lower,
-    rangemap_new,
+    PS, V7_2, iova_range, rangemap, rangemap_entry, rangemap_free, rangemap_insert, rangemap_lower, rangemap_new,
 )
 
 cdef extern from "usercopy.h" nogil:

@@ -1,14 +1,15 @@
 """What stands behind the descriptors of the software VFIO: containers, groups, devices."""
 import errno
 import os
+from typing import Any
 
-from ..._core.dma import DmaPort
+from ..._core.dma import DmaPort, Type1Path
 from ..._core.errno import error
 from ..._core.memory import read_memory, write_memory
 from ..._core.type1 import VERSIONS, IommuGroup, Type1, extension
 from ...errors import VfioError
 from ...uapi import vfio as abi
-from .device import device_ioctl
+from .device import device_ioctl, device_pread, device_pwrite
 
 _PAGE = 4096
 
@@ -19,8 +20,11 @@ class ContainerFile:
     def __init__(self, vfio):
         self.vfio = vfio
         self.groups = []
-        self.type1 = None
+        self.type1: Any = None
         self.fd_open = True
+
+    def closed(self):
+        pass                            # it lives on while groups are in it
 
     def descriptor_closed(self):
         type1 = self.type1
@@ -84,6 +88,23 @@ class ContainerFile:
                 self.type1.close()
                 self.type1 = None
 
+    @property
+    def ready(self):
+        """Whether devices of its groups can be opened."""
+        return self.type1 is not None
+
+    def connect(self, group, device):
+        """Return the way to memory of a device that is opened."""
+        path = Type1Path(self.type1, group.iommu)
+        if group.iommu.emulated and hasattr(device, "dma_unmap"):
+            self.type1.add_unmap_listener(device.dma_unmap)
+        return path
+
+    def disconnect(self, group, device, path):
+        """The device is closed."""
+        if group.iommu.emulated and hasattr(device, "dma_unmap"):
+            self.type1.remove_unmap_listener(device.dma_unmap)
+
 
 class Group:
     """A group while it exists; it stays in its container as long as it or one of its devices is open."""
@@ -91,10 +112,12 @@ class Group:
     def __init__(self, vfio, config):
         self.vfio = vfio
         self.config = config
-        self.container = None
+        self.container: Any = None      # a ContainerFile or an IommufdFile
         self.fd_open = False
         self.open_devices = {}          # address -> number of descriptors
         self.ports = {}
+        self.paths = {}
+        self.cdevs = {}                 # address -> the CdevFile that has the device bound
         self.renew_iommu()
 
     def renew_iommu(self):
@@ -139,7 +162,7 @@ class Group:
                 raise error(errno.EBADF, "group_set_container", hint=f"descriptor {fd} is not open") from None
         if self.container is not None:
             raise error(errno.EINVAL, "group_set_container", hint="the group has a container")
-        if not isinstance(container, ContainerFile):
+        if not hasattr(container, "connect"):
             code = errno.EINVAL if VERSIONS[self.vfio.kernel] <= VERSIONS["6.1"] else errno.EBADFD
             raise error(code, "group_set_container", hint=f"descriptor {fd} is not a container")
         container.add(self)
@@ -167,22 +190,29 @@ class Group:
         device = next((device for device in self.config.devices if device.address == address), None)
         if device is None:
             raise error(errno.ENODEV, "group_get_device_fd", hint=f"no device {address} in group {self.config.number}")
-        if self.container is None or self.container.type1 is None:
+        if self.container is None or not self.container.ready:
             raise error(errno.EINVAL, "group_get_device_fd", hint="the group needs a container with an IOMMU set")
         fd = self.vfio._new_fd(DeviceFile(self, device))
         if address not in self.ports:
-            port = DmaPort(self.container.type1, self.iommu, address)
-            if self.iommu.emulated and hasattr(device, "dma_unmap"):
-                self.container.type1.add_unmap_listener(device.dma_unmap)
             try:
-                device.connect(port)
+                self._connect(device)
             except BaseException:
-                self._cut_off(device, port)
                 self.vfio._forget_fd(fd)
                 raise
-            self.ports[address] = port
         self.open_devices[address] = self.open_devices.get(address, 0) + 1
         return fd
+
+    def _connect(self, device):
+        path = self.container.connect(self, device)
+        port = DmaPort(path, device.address)
+        try:
+            device.connect(port)
+        except BaseException:
+            port.disconnect()
+            self.container.disconnect(self, device, path)
+            raise
+        self.ports[device.address] = port
+        self.paths[device.address] = path
 
     def close_device(self, device):
         self.open_devices[device.address] -= 1
@@ -192,13 +222,12 @@ class Group:
         try:
             device.disconnect()
         finally:
-            self._cut_off(device, self.ports.pop(device.address))
+            self.ports.pop(device.address).disconnect()
+            self.container.disconnect(self, device, self.paths.pop(device.address))
             self.leave_if_unused()
 
-    def _cut_off(self, device, port):
-        port.disconnect()
-        if self.iommu.emulated and hasattr(device, "dma_unmap") and self.container is not None:
-            self.container.type1.remove_unmap_listener(device.dma_unmap)
+    def closed(self):
+        self.leave_if_unused()
 
     def leave_if_unused(self):
         if not self.in_use and self.container is not None:
@@ -214,3 +243,12 @@ class DeviceFile:
 
     def ioctl(self, request, arg):
         return device_ioctl(self.device, request, arg)
+
+    def pread(self, size, offset):
+        return device_pread(self.device, size, offset)
+
+    def pwrite(self, data, offset):
+        return device_pwrite(self.device, data, offset)
+
+    def closed(self):
+        self.group.close_device(self.device)

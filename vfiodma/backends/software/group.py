@@ -24,11 +24,17 @@ class SoftwareGroup:
     msi_isolated : bool
         Without it, attaching is EPERM.
     nestable : bool
-        The IOMMU can nest (SET_IOMMU 6, up to Linux 6.12).
+        The IOMMU can nest (SET_IOMMU 6, up to Linux 6.12; HWPT_ALLOC with NEST_PARENT).
+    dirty_tracking : bool
+        The IOMMU can tell which pages were written (HWPT_ALLOC with DIRTY_TRACKING).
+    lost_last_page : int
+        0: page tables as VT-d has them.  Else those of AMD v1 in Linux 7.2, whose blocks of this many bytes of
+        contiguous memory (a power of two) are reported dirty without their last page.
     """
 
     def __init__(self, number, devices, *, aperture=(0, (1 << 39) - 1), reserved=((0xFEE00000, 0xFEEFFFFF),),
-                 pgsizes=0x40201000, emulated=False, coherent=True, msi_isolated=True, nestable=False):
+                 pgsizes=0x40201000, emulated=False, coherent=True, msi_isolated=True, nestable=False,
+                 dirty_tracking=True, lost_last_page=0):
         if not isinstance(number, int) or not 0 <= number < 1 << 31:
             raise ValueError("a group's number is an integer of 0 ... 2**31 - 1")
         if not emulated:
@@ -47,6 +53,10 @@ class SoftwareGroup:
         self.coherent = coherent
         self.msi_isolated = msi_isolated
         self.nestable = nestable
+        if lost_last_page & (lost_last_page - 1) or not 0 <= lost_last_page < 1 << 63:
+            raise ValueError("lost_last_page is 0 or a power of two")
+        self.dirty_tracking = dirty_tracking
+        self.lost_last_page = lost_last_page
 
     def __repr__(self):
         kind = "emulated" if self.emulated else f"aperture {self.aperture[0]:#x}-{self.aperture[1]:#x}"

@@ -9,9 +9,9 @@ from ...errors import ForkedError, VfioError
 from ...types import DeviceLocation
 from ...uapi import vfio as abi
 from .container import SoftwareContainer
-from .device import device_pread, device_pwrite
-from .files import ContainerFile, DeviceFile, Group
+from .files import ContainerFile, Group
 from .group import SoftwareGroup
+from .iommufd import CdevFile, IommufdFile
 
 _MEMLOCK_PROCESS, _MEMLOCK_UNLIMITED = -1, -2
 
@@ -31,6 +31,11 @@ class SoftwareVfio:
     memlock_limit : "process", None or int
         Limit of locked memory: the process's RLIMIT_MEMLOCK, as the kernel does; none; or a number of bytes.  Nothing
         is really locked, so None is safe where the limit itself is not of interest.
+    iommufd : bool, optional
+        Whether there is /dev/iommu and, for each device, /dev/vfio/devices/vfioN; by default on "6.12" and "7.2", which
+        are the kernels that can have it.
+    vfio_container : {"type1", "iommufd"}
+        Who serves /dev/vfio/vfio.  In either case a group takes an iommufd for a container.
 
     Notes
     -----
@@ -38,12 +43,20 @@ class SoftwareVfio:
     be used in a forked child; what was opened before a fork fails there with ForkedError (EBADF).
     """
 
-    def __init__(self, kernel="7.2", groups=None, *, dma_entry_limit=65535, memlock_limit="process"):
+    def __init__(self, kernel="7.2", groups=None, *, dma_entry_limit=65535, memlock_limit="process",
+                 iommufd=None, vfio_container="type1"):
         if kernel not in VERSIONS:
             raise ValueError(f"kernel is one of {', '.join(VERSIONS)}, not {kernel!r}")
         groups = [SoftwareGroup(0, ["0000:00:10.0"])] if groups is None else list(groups)
         if len({group.number for group in groups}) != len(groups):
             raise ValueError("two groups have the same number")
+        can_iommufd = VERSIONS[kernel] >= VERSIONS["6.12"]
+        self._has_iommufd = can_iommufd if iommufd is None else bool(iommufd)
+        if self._has_iommufd and not can_iommufd:
+            raise ValueError(f"the model of {kernel} has no iommufd; 6.12 and 7.2 have")
+        if vfio_container not in ("type1", "iommufd") or vfio_container == "iommufd" and not self._has_iommufd:
+            raise ValueError('vfio_container is "type1" or, where there is an iommufd, "iommufd"')
+        self._container_of_iommufd = vfio_container == "iommufd"
         self.kernel = kernel
         self.dma_entry_limit = dma_entry_limit
         self._memlock_limit = {"process": _MEMLOCK_PROCESS, None: _MEMLOCK_UNLIMITED}.get(memlock_limit, memlock_limit)
@@ -94,28 +107,41 @@ class SoftwareVfio:
         os.close(fd)
 
     def open(self, path):
-        """Open /dev/vfio/vfio or /dev/vfio/<group>; return a descriptor.
+        """Open /dev/vfio/vfio, /dev/vfio/<group>, /dev/iommu or /dev/vfio/devices/vfio<N>; return a descriptor.
 
         Raises
         ------
         VfioError
-            ENOENT for any other path, EBUSY for a group that is open (a device descriptor keeps it open).
+            ENOENT for any other path, EBUSY for a group that is open (a device descriptor keeps it open) or has a
+            device that is bound to an iommufd.
         """
         self._check_process("open")
         path = os.fspath(path)
         with self._lock:
             if path == "/dev/vfio/vfio":
-                return self._new_fd(ContainerFile(self))
+                return self._new_fd(IommufdFile(self, True) if self._container_of_iommufd else ContainerFile(self))
+            if self._has_iommufd and path == "/dev/iommu":
+                return self._new_fd(IommufdFile(self))
             folder, _, name = path.rpartition("/")
+            if folder == "/dev/vfio/devices" and self._has_iommufd:
+                return self._open_cdev(name)
             group = next((group for number, group in self._groups.items() if str(number) == name), None)
             if group is None or folder != "/dev/vfio":
                 raise VfioError(errno.ENOENT, operation="open", hint=f"{path}: there is /dev/vfio/vfio and "
                                 f"/dev/vfio/ with {', '.join(map(str, self._groups)) or 'no group'}")
-            if group.in_use:
-                raise error(errno.EBUSY, "open", hint=f"group {name} is open")
+            if group.in_use or group.cdevs:
+                raise error(errno.EBUSY, "open", hint=f"group {name} is open, or a device of it is bound to an iommufd")
             fd = self._new_fd(group)
             group.fd_open = True
             return fd
+
+    def _open_cdev(self, name):
+        devices = [(group, device) for group in self._groups.values() for device in group.config.devices]
+        for index, (group, device) in enumerate(devices):
+            if name == f"vfio{index}":
+                return self._new_fd(CdevFile(group, device))
+        raise VfioError(errno.ENOENT, operation="open",
+                        hint=f"/dev/vfio/devices/{name}: there are {len(devices)} devices")
 
     def ioctl(self, fd, request, arg=0):
         """Do ioctl(2) on one of the descriptors.
@@ -140,31 +166,31 @@ class SoftwareVfio:
     def pread(self, fd, size, offset):
         """Read a device's registers; the offset comes from DEVICE_GET_REGION_INFO."""
         file = self._file(fd, "pread")
-        if not isinstance(file, DeviceFile):
+        if not hasattr(file, "pread"):
             raise error(errno.EINVAL, "pread", hint="only a device can be read")
-        return device_pread(file.device, size, offset)
+        return file.pread(size, offset)
 
     def pwrite(self, fd, data, offset):
         """Write a device's registers; return the bytes written."""
         file = self._file(fd, "pwrite")
-        if not isinstance(file, DeviceFile):
+        if not hasattr(file, "pwrite"):
             raise error(errno.EINVAL, "pwrite", hint="only a device can be written")
-        return device_pwrite(file.device, bytes(data), offset)
+        return file.pwrite(bytes(data), offset)
 
     def close(self, fd):
-        """Close a descriptor.  A container lives on while groups are in it, a group while a device of it is open."""
+        """Close a descriptor.
+
+        A container lives on while groups are in it, a group while a device of it is open, an iommufd while a group or a
+        device uses it.
+        """
         file = self._file(fd, "close")
         if isinstance(file, ContainerFile):
             file.descriptor_closed()        # without the lock: an attach may hold it, waiting for a vaddr
         with self._lock:
             file = self._file(fd, "close")
             self._forget_fd(fd)
-            if isinstance(file, DeviceFile):
-                file.group.close_device(file.device)
-            else:
-                file.fd_open = False
-                if isinstance(file, Group):
-                    file.leave_if_unused()
+            file.fd_open = False
+            file.closed()
 
     def locked_pages(self):
         """Pages that count against the process's limit: its VmLck plus what software containers charged to it."""
