@@ -14,6 +14,7 @@ cdef class IoasIoctls:
     cdef long note(self, uint64_t iova, uint64_t size) except? -1
     cdef long note_copy(self, IoasIoctls source, uint64_t src, uint64_t size, uint64_t dst) except? -1
     cdef long forget(self, uint64_t iova, uint64_t size) except? -1
+    cdef long unmap_area(self, uint64_t iova, uint64_t size, uint64_t *unmapped) except? -1
     cdef long unmap_range(self, uint64_t iova, uint64_t size, uint64_t *unmapped) except? -1
     cdef int fail(self, long err, str operation, object iova=*, object size=*, object entry=*) except -1
 
@@ -21,6 +22,7 @@ cdef class HwptIoctls:
     cdef readonly IoasIoctls ioas
     cdef readonly uint32_t id               # 0 = destroyed
     cdef public bint loses_last_page
+    cdef readonly bint tracking
     cdef long get_bits(self, uint64_t iova, uint64_t size, uint64_t pgsize, uint32_t flags, void *words) except? -1
     cdef int check(self, str operation, object iova, object size, uint64_t at, uint64_t length, uint64_t pgsize,
                    Py_buffer *view) except -1

@@ -40,8 +40,6 @@ cdef uint32_t checked_flags(str operation, object prot, object iova, object size
 cdef inline bint splits(rangemap *areas, uint64_t first, uint64_t last, rangemap_entry *area) noexcept nogil:
     """Is there an area that reaches over an end of the range?"""
     if rangemap_find(areas, first, area):
-        if area.last == last and area.start == first:
-            return False
         if area.start < first or area.last > last:
             return True
     return rangemap_find(areas, last, area) and area.last > last
@@ -324,29 +322,32 @@ cdef class IoasIoctls:
         except BaseException:
             for _ in range(done):
                 row -= 4
-                self.unmap_range(row[0], row[2], &unmapped)
+                self.unmap_area(row[0], row[2], &unmapped)
             raise
         finally:
             PyBuffer_Release(&view)
 
+    # Notes go first: another thread may map there as soon as the kernel has let go.
+
+    cdef long unmap_area(self, uint64_t iova, uint64_t size, uint64_t *unmapped) except? -1:
+        """Unmap and forget exactly one area."""
+        cdef long result = -EINTR               # stays so when an exception goes through
+        cdef bint known = rangemap_remove(self.noted, iova, NULL) == 0
+        try:
+            result = self.unmap_one(iova, size, unmapped)
+        finally:
+            if result < 0 and known:
+                rangemap_insert(self.noted, iova, iova + size - 1, 0)
+        return result
+
     cdef long unmap_range(self, uint64_t iova, uint64_t size, uint64_t *unmapped) except? -1:
-        """Unmap and forget.  Notes go first: another thread may map there as soon as the kernel has let go."""
+        """Unmap and forget all areas inside a range."""
         cdef uint64_t last = iova + size - 1
-        cdef rangemap_entry one
         cdef rangemap_entry *saved
         cdef size_t n, i
         cdef long result
         if not size or last < iova:
             return self.unmap_one(iova, size, unmapped)         # the kernel refuses it
-        if rangemap_find(self.noted, iova, &one) and one.start == iova and one.last == last:
-            rangemap_remove(self.noted, iova, NULL)
-            result = -EINTR                 # stays so when an exception goes through
-            try:
-                result = self.unmap_one(iova, size, unmapped)
-            finally:
-                if result < 0:
-                    rangemap_insert(self.noted, iova, last, 0)
-            return result
         n = rangemap_count(self.noted)
         saved = <rangemap_entry *> malloc((n + 1) * sizeof(rangemap_entry))
         if saved == NULL:
@@ -382,6 +383,11 @@ cdef class IoasIoctls:
         cdef uint64_t at = u64("unmap_dma", iova), length = u64("unmap_dma", size), unmapped, last = at + length - 1
         cdef rangemap_entry entry
         cdef long result
+        if rangemap_find(self.noted, at, &entry) and entry.start == at and entry.last == last:
+            result = self.unmap_area(at, length, &unmapped)
+            if result < 0:
+                self.fail(result, "unmap_dma", iova, size)
+            return unmapped
         # The kernel finds out only when it has removed what stands before.
         if length and last >= at and splits(self.noted, at, last, &entry):
             raise_errno(ENOENT, "unmap_dma", iova, size, f"it would split the mapping at {entry.start:#x}...{entry.last:#x}: "
@@ -428,6 +434,8 @@ cdef class HwptIoctls:
     ----------
     loses_last_page : bool
         The kernel leaves out the last page of a contiguous block of dirty pages: harvest() adds it.
+    tracking : bool
+        Whether tracking was switched on through this object.
     """
 
     def __init__(self, IoasIoctls ioas not None, uint32_t id):
@@ -459,6 +467,7 @@ cdef class HwptIoctls:
         result = self.ioas.iommufd.call(HWPT_SET_DIRTY_TRACKING, &args)
         if result < 0:
             self.ioas.fail(result, "set_dirty_tracking")
+        self.tracking = enable
 
     cdef long get_bits(self, uint64_t iova, uint64_t size, uint64_t pgsize, uint32_t flags, void *words) except? -1:
         cdef hwpt_get_dirty_bitmap args
@@ -536,7 +545,7 @@ cdef class HwptIoctls:
         Raises
         ------
         VfioError
-            EINVAL: misaligned, splits a mapping, or the bitmap is too small; no bit is lost then.
+            EINVAL: misaligned, splits a mapping, the bitmap is too small (no bit is lost then), or tracking is off.
 
         Notes
         -----
@@ -551,6 +560,8 @@ cdef class HwptIoctls:
         PyObject_GetBuffer(into, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
             self.check("harvest", iova, size, at, length, page, &view)
+            if not self.tracking:
+                raise_errno(EINVAL, "harvest", iova, size, "dirty tracking is off: everything would look clean")
             if splits(self.ioas.noted, at, last, &entry):
                 raise_errno(EINVAL, "harvest", iova, size, f"it would split the mapping at {entry.start:#x}...{entry.last:#x}")
             scratch = <uint64_t *> calloc((length // page + 63) // 64, 8)

@@ -215,7 +215,7 @@ cdef class Type1Ioctls(Descriptor):
         """
         cdef uint64_t access = u64("map_dma", prot)
         cdef long result
-        if access & ~<uint64_t> 3:
+        if access & ~<uint64_t> 3 or not access:            # without rights: Type1 refuses it, iommufd's container does not
             raise_errno(EINVAL, "map_dma", iova, size, "prot is READ, WRITE or both")
         result = self.map_pieces(u64("map_dma", iova), u64("map_dma", vaddr), u64("map_dma", size), <uint32_t> access)
         if result < 0:
@@ -232,7 +232,7 @@ cdef class Type1Ioctls(Descriptor):
         try:
             row = <uint64_t *> view.buf
             for i in range(n):
-                result = -EINVAL if row[i * 4 + 3] & ~<uint64_t> 3 else self.map_pieces(
+                result = -EINVAL if row[i * 4 + 3] - 1 > 2 else self.map_pieces(
                     row[i * 4], row[i * 4 + 1], row[i * 4 + 2], <uint32_t> row[i * 4 + 3])
                 if result < 0:
                     for done in range(i):

@@ -7,6 +7,7 @@ import errno
 import os
 import struct
 import subprocess
+import threading
 import time
 
 import numpy as np
@@ -15,7 +16,14 @@ import pytest
 from vfiodma import GuestMemory, IoAddressSpace, open_backend
 from vfiodma.backends.iommufd import Iommufd, IommufdContainer
 from vfiodma.backends.type1 import Type1Container
-from vfiodma.errors import InvalidArgumentError, NotMappedError, OverlapError, UnsupportedError, VfioError
+from vfiodma.errors import (
+    InvalidArgumentError,
+    NoDeviceError,
+    NotMappedError,
+    OverlapError,
+    UnsupportedError,
+    VfioError,
+)
 from vfiodma.types import Prot
 
 pytestmark = pytest.mark.skipif("KERNEL_LAB" not in os.environ or not os.path.exists("/dev/iommu"),
@@ -286,6 +294,59 @@ def test_bytes_arrive_where_they_are_mapped_and_nowhere_after_unmap(memory):
         finally:
             container.system.close(fd)
         del view
+
+
+@needs_devices
+def test_threads_map_and_unmap_side_by_side(memory):
+    at, failures = vaddr(memory), []
+
+    def work(number, container):
+        try:
+            for i in range(150):
+                base = (number << 24) + 0x100000
+                container.map_dma(base, at, 8 * PAGE, 3)
+                container.map_many(np.array([[base + (n + 16) * PAGE, at, PAGE, 1] for n in range(8)], np.uint64))
+                assert container.unmap_dma(base, 8 * PAGE if i % 2 else 24 * PAGE) == (8 if i % 2 else 16) * PAGE
+                if i % 2:
+                    assert container.unmap_dma(base, 32 * PAGE) == 8 * PAGE
+        except BaseException as exc:
+            failures.append(exc)
+
+    with IommufdContainer([NIC]) as container:
+        threads = [threading.Thread(target=work, args=(number, container)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == [] and container.areas() == []
+        assert container.unmap_all() == 0
+
+
+@needs_devices
+def test_a_device_that_is_taken_away_leaves_when_the_container_closes(memory):
+    driver = "/sys/bus/pci/drivers/vfio-pci/"
+
+    def tell(name):
+        with open(driver + name, "w") as file:
+            file.write(NVME)
+
+    container = IommufdContainer([NVME])
+    try:
+        container.map_dma(0x10000, vaddr(memory), PAGE, 3)
+        unbinding = threading.Thread(target=tell, args=("unbind",))
+        unbinding.start()
+        unbinding.join(0.5)
+        assert unbinding.is_alive(), "the kernel waits for the descriptor"
+        container.map_dma(0x20000, vaddr(memory), PAGE, 3)
+    finally:
+        container.close()
+    unbinding.join(60)
+    assert not unbinding.is_alive()
+    with pytest.raises(NoDeviceError) as caught:
+        IommufdContainer([NVME])
+    assert "not bound to a driver" in str(caught.value)
+    tell("bind")
+    IommufdContainer([NVME]).close()
 
 
 # ---- the container that iommufd emulates

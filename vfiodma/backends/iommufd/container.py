@@ -115,7 +115,7 @@ class IommufdContainer(Ioas):
                         "logs, or a Type1 container, which calls everything dirty")
 
     def start_dirty(self) -> None:
-        """Start tracking, with nothing dirty.
+        """Start tracking, with nothing dirty; no effect when it is on.
 
         Raises
         ------
@@ -126,8 +126,9 @@ class IommufdContainer(Ioas):
         started: list[Hwpt] = []
         try:
             for hwpt in self.hwpts:
-                hwpt.set_dirty_tracking(True)
-                started.append(hwpt)
+                if not hwpt.tracking:
+                    hwpt.set_dirty_tracking(True)
+                    started.append(hwpt)
         except VfioError:
             for hwpt in started:
                 hwpt.set_dirty_tracking(False)
@@ -147,6 +148,11 @@ class IommufdContainer(Ioas):
             Bytes; the range must not split a mapping.  Read before unmapping: the bits go with the mapping.
         bitmap : writable buffer
             u64 words, bit 0 = the page of ``capabilities().min_pgsize`` bytes at ``iova``.
+
+        Raises
+        ------
+        VfioError
+            EINVAL: as above, or tracking is off; EOPNOTSUPP.
         """
         self._require_tracking("read_dirty")
         for hwpt in self.hwpts:

@@ -126,6 +126,9 @@ class Iommufd(Descriptor):
             EBUSY (its group is in use, or not viable), EINVAL (open already), EPERM.  Nothing stays open.
         """
         location = self.system.find_device(address)
+        if location.noiommu:
+            raise error(errno.EPERM, "bind", hint=f"{address} is in a no-IOMMU group: it can reach all of memory, and "
+                        'iommufd does not take it; the backend "type1" does, with noiommu=True')
         refuse_unbound(location, noiommu=False)
         if location.cdev is None:
             raise error(errno.EOPNOTSUPP, "bind", hint=f"{address} has no node in /dev/vfio/devices: the kernel needs "
