@@ -6,7 +6,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc vfiodma -name '*.[ch]' -o -name '*.pyx' -o -name '*.pxd')
 STUBS := $(shell find vfiodma/_core -name '*.pyi' ! -name '__init__.pyi')
 
-.PHONY: all build demo test test-c test-deep lint types imports sanitize bench dist clean
+# Kernels of `make lab`, as tests/lab/run.py takes them; none: those that are there.
+LAB_KERNELS ?=
+export LAB ?=
+
+.PHONY: all build demo test test-c test-deep lab lab-short lab-prepare lint types imports sanitize bench dist clean
 all: build
 
 $(BIN)/python:
@@ -33,8 +37,10 @@ build: $(VENV)/.installed $(VENV)/.built
 demo: build
 	$(BIN)/vfiodma demo $(DEMO)
 
+# All of it, or with PYTEST="..." a part of the Python tests.
 test: build test-c
 	$(BIN)/python -m pytest $(PYTEST)
+	$(if $(PYTEST),,@$(BIN)/python tests/lab/run.py --short)
 
 test-c:
 	$(MAKE) --no-print-directory -C tests/c check
@@ -42,6 +48,16 @@ test-c:
 # The longer profile of the state machines: 100,000 steps each.
 test-deep: build
 	VFIODMA_PROFILE=deep $(BIN)/python -m pytest --timeout=0 tests/property tests/stateful tests/conformance $(PYTEST)
+
+# Tests on real kernels in QEMU, see docs/kernel-lab.md: on one kernel a few, on each kernel all; and what they need.
+lab-short: build
+	$(BIN)/python tests/lab/run.py --short
+
+lab: build
+	$(BIN)/python tests/lab/run.py $(LAB_KERNELS) $(if $(PYTEST),-- $(PYTEST))
+
+lab-prepare:
+	$(PYTHON) tests/lab/run.py --prepare $(LAB_KERNELS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,0 +1,19 @@
+"""Tests in guest/ run inside a kernel of the lab; everywhere else they are skipped.
+
+Those marked `short` are run by `make test` too, all of them by `make lab`.
+"""
+import os
+import pathlib
+
+import pytest
+
+GUEST = pathlib.Path(__file__).with_name("guest")
+
+
+def pytest_collection_modifyitems(items):
+    outside = pytest.mark.skip(reason="runs in a guest of the kernel lab: make lab")
+    for item in items:
+        if item.path.is_relative_to(GUEST):
+            item.add_marker("lab")
+            if "KERNEL_LAB" not in os.environ:
+                item.add_marker(outside)
