@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from ..._core.errno import error
-from ...errors import VfioError
+from ...errors import NotMappedError, VfioError
 from ...protocols import DirtySource, VfioSystem
 from ...types import Capabilities
 from .context import Iommufd
@@ -15,6 +15,13 @@ from .ioas import Ioas
 
 # iommufd does not tell which large pages its tables have.  These are those of most IOMMUs; only placement follows them.
 _LARGE_PAGES = 1 << 21 | 1 << 30
+
+
+def _tracks_writes(device: IommufdDevice) -> bool:
+    try:
+        return device.hw_info().dirty_tracking
+    except NotMappedError:          # an emulated device: no IOMMU stands before it
+        return False
 
 
 class IommufdContainer(Ioas):
@@ -72,7 +79,7 @@ class IommufdContainer(Ioas):
             super().__init__(iommufd, iommufd.alloc_ioas().id)
             if not huge_pages:
                 self.huge_pages = False
-            if all(device.hw_info().dirty_tracking for device in self.devices.values()):
+            if all(map(_tracks_writes, self.devices.values())):
                 for device in self.devices.values():
                     self._attach_tracked(device)
             else:

@@ -177,13 +177,22 @@ class SoftwareVfio:
             raise error(errno.EINVAL, "pwrite", hint="only a device can be written")
         return file.pwrite(bytes(data), offset)
 
+    def dup(self, fd):
+        """Return a further descriptor of the same open file."""
+        with self._lock:
+            return self._new_fd(self._file(fd, "dup"))
+
     def close(self, fd):
-        """Close a descriptor.
+        """Close a descriptor.  What it stands for is closed with its last duplicate.
 
         A container lives on while groups are in it, a group while a device of it is open, an iommufd while a group or a
         device uses it.
         """
-        file = self._file(fd, "close")
+        with self._lock:
+            file = self._file(fd, "close")
+            if sum(other is file for other in self._files.values()) > 1:
+                self._forget_fd(fd)
+                return
         if isinstance(file, ContainerFile):
             file.descriptor_closed()        # without the lock: an attach may hold it, waiting for a vaddr
         with self._lock:
