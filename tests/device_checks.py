@@ -1,6 +1,6 @@
 """What an `edu` device does for its driver: the same tests for a real one in the lab and for the software one.
 
-A test file derives from these classes and has the fixtures ``container`` (open, with the device at EDU) and ``kernel``.
+A test file derives from these classes and has a fixture ``container``, open, with the device at EDU.
 """
 import errno
 import os
@@ -31,19 +31,19 @@ IOVA = 0x100000
 PAGE = 4096
 
 
-@pytest.fixture
-def device(container):
-    with VfioDevice.open(container, EDU) as device:
-        yield device
+class WithEdu:
+    @pytest.fixture
+    def device(self, container):
+        with VfioDevice.open(container, EDU) as device:
+            yield device
+
+    @pytest.fixture
+    def edu(self, device):
+        with EduDriver(device) as driver:
+            yield driver
 
 
-@pytest.fixture
-def edu(device):
-    with EduDriver(device) as driver:
-        yield driver
-
-
-class RegisterChecks:
+class RegisterChecks(WithEdu):
     def test_information_names_a_pci_device(self, device):
         assert device.info.flags & DeviceFlags.PCI
         assert device.info.num_regions >= 9
@@ -173,7 +173,7 @@ class RegisterChecks:
             device.dma_log.stop()
 
 
-class DriverChecks:
+class DriverChecks(WithEdu):
     def test_the_device_answers(self, edu):
         assert edu.version == (1, 0)
         assert edu.invert(0x12345678) == 0xEDCBA987
@@ -222,7 +222,7 @@ class DriverChecks:
             edu.dma_from_device((1 << 28) - 1, 2)
 
 
-class InterruptChecks:
+class InterruptChecks(WithEdu):
     def test_interrupt_types_are_described(self, device):
         intx = device.interrupts.info(IrqIndex.INTX)
         assert intx == IrqInfo(0, 1, IrqFlags.EVENTFD | IrqFlags.MASKABLE | IrqFlags.AUTOMASKED)
@@ -374,7 +374,7 @@ class InterruptChecks:
             device.interrupts(IrqIndex.INTX).close()
 
 
-class IoEventChecks:
+class IoEventChecks(WithEdu):
     def test_an_eventfd_writes_a_register(self, edu):
         bar = edu.device.regions[0]
         with edu.device.ioevents.add(0, 0x04, 0xF0F0F0F0, 4) as event:

@@ -4,8 +4,6 @@ from device_checks import (
     EDU,
     DriverChecks,
     RegisterChecks,
-    device,  # noqa: F401  (a fixture)
-    edu,  # noqa: F401
 )
 
 from vfiodma import SoftwareGroup, open_backend

@@ -213,6 +213,10 @@ class Type1Container(Type1Ioctls):
                     raise
         raise error(errno.ENODEV, "group_get_device_fd", hint=f"{address} is not in a group of this container")
 
+    def group_fds(self) -> tuple[int, ...]:
+        """Return the descriptors of the groups, for a hot reset; they stay the container's."""
+        return tuple(group.fd for group in self._groups.values())
+
     def _hint(self, err: int, operation: str) -> str:
         if err == errno.ENOMEM:
             limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]

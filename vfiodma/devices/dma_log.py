@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._core.errno import error
 from ..uapi import vfio as abi
+from .arguments import check_u64
 from .features import Feature, FeatureOps
 
 if TYPE_CHECKING:
@@ -66,10 +67,9 @@ class DmaLog:
             ENOTTY: the device has no log; EINVAL: no range, overlapping ones, or it is on; E2BIG: too many ranges;
             EOVERFLOW: a range reaches 2**64; ENOMEM, ENOSPC of the device.
         """
-        try:
-            rows = array.array("Q", [number for iova, size in ranges for number in (iova, size)])
-        except OverflowError:
-            raise error(errno.EOVERFLOW, "dma_logging_start", hint="ranges are below 2**64") from None
+        numbers = [number for iova, size in ranges for number in (iova, size)]
+        check_u64("dma_logging_start", pgsize, *numbers)
+        rows = array.array("Q", numbers)
         layout = abi.vfio_device_feature_dma_logging_control
         data = layout.pack(page_size=pgsize, num_ranges=len(ranges), ranges=rows.buffer_info()[0])
         data = self._device.features.call(Feature.DMA_LOGGING_START, FeatureOps.SET, data, "dma_logging_start")
@@ -96,6 +96,7 @@ class DmaLog:
         VfioError
             EINVAL: not started, or a bad page size or bitmap; EOVERFLOW.
         """
+        check_u64("dma_logging_report", iova, size, pgsize)
         if pgsize < 4096 or pgsize & (pgsize - 1):
             raise error(errno.EINVAL, "dma_logging_report", iova, size, "pgsize is a power of two from 4096")
         with memoryview(bitmap).cast("B") as view:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .._core.errno import error
 from ..errors import VfioError
 from ..uapi import vfio as abi
+from .arguments import check_u64, pack_fds
 
 if TYPE_CHECKING:
     from .pci import VfioDevice
@@ -62,6 +63,8 @@ class Features:
             The structure of the feature.
         """
         layout = abi.vfio_device_feature
+        if not 0 <= feature <= abi.VFIO_DEVICE_FEATURE_MASK:
+            raise error(errno.EINVAL, operation or "device_feature", hint=f"{feature} is no number of a feature")
         buffer = bytearray(layout.pack(argsz=layout.size + len(data), flags=ops | feature) + data)
         self._device.control(abi.VFIO_DEVICE_FEATURE, buffer, operation or "device_feature", {
             errno.ENOTTY: f"the device or its driver does not have {_name(feature)}",
@@ -106,8 +109,7 @@ class Features:
         if wakeup is None:
             self.set(Feature.LOW_POWER_ENTRY)
         else:
-            self.set(Feature.LOW_POWER_ENTRY_WITH_WAKEUP,
-                     abi.vfio_device_low_power_entry_with_wakeup.pack(wakeup_eventfd=wakeup))
+            self.set(Feature.LOW_POWER_ENTRY_WITH_WAKEUP, pack_fds("enter_low_power", [wakeup]) + bytes(4))
 
     def exit_low_power(self) -> None:
         """Wake the device for good."""
@@ -140,6 +142,7 @@ class Features:
         """
         if not ranges:
             raise error(errno.EINVAL, "device_feature", hint="name at least one range")
+        check_u64("export_dmabuf", *(number for row in ranges for number in row))
         layout = abi.vfio_device_feature
         body = abi.vfio_device_feature_dma_buf.pack(
             region_index=region, open_flags=open_flags, nr_ranges=len(ranges),

@@ -57,7 +57,8 @@ class Graphics:
         layout = abi.vfio_device_gfx_plane_info
         data = bytearray(layout.pack(argsz=layout.size, flags=flags, drm_plane_type=kind))
         self._device.control(abi.VFIO_DEVICE_QUERY_GFX_PLANE, data, "query_gfx_plane", {
-            errno.ENOTTY: "the device has no display", errno.EINVAL: "the device does not offer this plane this way"})
+            errno.ENOTTY: "the device has no display", errno.EINVAL: "the device does not offer this plane this way",
+            errno.ENOMEM: "the device's driver has no memory for the dma-buf: query it again"})
         return data
 
     def probe(self, access: PlaneAccess, kind: int = PlaneKind.PRIMARY) -> bool:
@@ -92,6 +93,6 @@ class Graphics:
         VfioError
             ENOENT: there is no such id (any more).
         """
-        data = bytearray(dmabuf_id.to_bytes(4, "little"))
+        data = bytearray((dmabuf_id & 0xFFFFFFFF).to_bytes(4, "little"))
         return self._device.control(abi.VFIO_DEVICE_GET_GFX_DMABUF, data, "get_gfx_dmabuf", {
             errno.ENOTTY: "the device has no display", errno.ENOENT: "no plane has this dma-buf: query it again"})

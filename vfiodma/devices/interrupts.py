@@ -4,7 +4,6 @@ import enum
 import errno
 import os
 import select
-import struct
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 from .._core.errno import error
 from ..errors import InvalidArgumentError, UnsupportedError, VfioError
 from ..uapi import vfio as abi
+from .arguments import pack_fds
 
 if TYPE_CHECKING:
     from .pci import VfioDevice
@@ -123,7 +123,7 @@ class Vectors:
         self._vectors = [Interrupt(number) for number in range(count)]
         try:
             self._set(_EVENTFD | _TRIGGER, "irq_enable", 0, count,
-                      struct.pack(f"={count}i", *[vector.fd for vector in self._vectors]))
+                      pack_fds("irq_enable", [vector.fd for vector in self._vectors]))
         except BaseException:
             self._close_eventfds()
             raise
@@ -167,7 +167,7 @@ class Vectors:
 
     def unmask_on(self, eventfd: int | None) -> None:
         """Have INTx unmasked whenever an eventfd fires; None ends that."""
-        self._set(_EVENTFD | _UNMASK, "irq_unmask", 0, 1, struct.pack("=i", -1 if eventfd is None else eventfd))
+        self._set(_EVENTFD | _UNMASK, "irq_unmask", 0, 1, pack_fds("irq_unmask", [eventfd]))
 
     def assign(self, start: int, eventfds: Sequence[int | None]) -> None:
         """Have the vectors from ``start`` signal other eventfds; None = nothing.
@@ -184,8 +184,7 @@ class Vectors:
         VfioError
             EBADF, EINVAL: one of them is no eventfd; none of the vectors signals anything any more then.
         """
-        self._set(_EVENTFD | _TRIGGER, "irq_assign", start, len(eventfds),
-                  struct.pack(f"={len(eventfds)}i", *[-1 if fd is None else fd for fd in eventfds]))
+        self._set(_EVENTFD | _TRIGGER, "irq_assign", start, len(eventfds), pack_fds("irq_assign", eventfds))
 
     def restore(self) -> None:
         """Have every vector signal its own eventfd again."""
@@ -248,16 +247,17 @@ def set_irqs(device: "VfioDevice", kind: int, flags: int, operation: str, start:
     name = _name(kind)
     active = [other.kind for other in device.children(Vectors)
               if not other.closed and other.kind != kind and other.kind <= IrqIndex.MSIX]
-    device.control(abi.VFIO_DEVICE_SET_IRQS, bytearray(head + data), operation, {
+    available = device.control(abi.VFIO_DEVICE_SET_IRQS, bytearray(head + data), operation, {
         errno.EINVAL: f"{_name(active[0])} is enabled, and INTx, MSI and MSI-X exclude one another: close that first"
                       if active and kind <= IrqIndex.MSIX else
                       f"{name} is not enabled, has no such vector, or another type was enabled through another "
                       "descriptor of the device; or a number is no eventfd",
         errno.ENOTTY: f"{name} can't do that; see interrupts.info({name}).flags",
         errno.EBADF: "an eventfd is closed",
-        errno.ENOSPC: "the host has fewer vectors left",
         errno.EBUSY: "the host's interrupt line can't be shared: use MSI",
     })
+    if available:               # nothing was enabled: the kernel says how many it could have
+        raise error(errno.ENOSPC, operation, hint=f"the host has {available} vectors left for {name}, not {count}")
 
 
 class Interrupts:

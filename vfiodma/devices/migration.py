@@ -41,6 +41,7 @@ class PrecopyInfo(NamedTuple):
 
     initial_bytes: int      #: to read before stopping pays
     dirty_bytes: int        #: changed since they were read
+    reinit: bool = False    #: there are initial bytes again; only after Migration.report_reinit()
 
 
 class MigrationData(io.RawIOBase):
@@ -121,7 +122,8 @@ class MigrationData(io.RawIOBase):
                 exc.hint = "the device is not in PRE_COPY or PRE_COPY_P2P"
             raise
         values = layout.unpack(data)
-        return PrecopyInfo(values["initial_bytes"], values["dirty_bytes"])
+        return PrecopyInfo(values["initial_bytes"], values["dirty_bytes"],
+                           bool(values["flags"] & abi.VFIO_PRECOPY_INFO_REINIT))
 
     def close(self) -> None:
         """Close the stream; the device keeps its state.  Idempotent."""
@@ -193,6 +195,16 @@ class Migration:
         stream = MigrationData(self._device, fd, write=target not in _READ_STATES)
         self._device.adopt(stream)
         return stream
+
+    def report_reinit(self) -> None:
+        """Have PrecopyInfo tell when there are initial bytes again.
+
+        Raises
+        ------
+        VfioError
+            EINVAL: the device has no PRE_COPY; ENOTTY: a kernel that can't tell.
+        """
+        self._device.features.set(Feature.MIG_PRECOPY_INFOV2)
 
     def data_size(self) -> int:
         """Return the estimated bytes of the stream if the device stopped now."""

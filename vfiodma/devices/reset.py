@@ -1,12 +1,11 @@
 """Resets: of one device, and of everything behind its bus or slot."""
 import errno
-import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from .._core.errno import error
 from ..errors import VfioError
 from ..uapi import vfio as abi
+from .arguments import pack_fds
 
 if TYPE_CHECKING:
     from .pci import VfioDevice
@@ -96,13 +95,9 @@ def hot_reset(device: "VfioDevice", group_fds: Iterable[int] = ()) -> None:
     VfioError
         EINVAL: the proof is not complete, or one of the devices is not bound to VFIO; ENODEV: no such reset; EBUSY.
     """
-    fds = list(group_fds)
-    try:
-        data = struct.pack(f"={len(fds)}i", *fds)
-    except struct.error:
-        raise error(errno.EBADF, "hot_reset", hint="groups are given by their descriptors") from None
+    data = pack_fds("hot_reset", group_fds)
     layout = abi.vfio_pci_hot_reset
-    head = layout.pack(argsz=layout.size + len(data), count=len(fds))
+    head = layout.pack(argsz=layout.size + len(data), count=len(data) // 4)
     device.control(abi.VFIO_DEVICE_PCI_HOT_RESET, bytearray(head + data), "hot_reset", {
         errno.EINVAL: "give the descriptors of all groups in hot_reset_info(), none for a device that was opened "
                       "through its own node; every device must be bound to a VFIO driver",

@@ -15,12 +15,9 @@ from device_checks import (
     InterruptChecks,
     IoEventChecks,
     RegisterChecks,
-    device,  # noqa: F401  (a fixture)
-    edu,  # noqa: F401
 )
 
 from vfiodma import EduDriver, GuestMemory, IoAddressSpace, Type1Container, VfioDevice
-from vfiodma._core.kernel import Descriptor
 from vfiodma.devices.interrupts import IrqFlags, IrqIndex
 from vfiodma.devices.pci import DeviceFlags
 from vfiodma.devices.regions import RegionFlags
@@ -52,7 +49,7 @@ class TestInterrupts(InterruptChecks):
 
 
 class TestIoEvents(IoEventChecks):
-    def test_eight_bytes_are_possible_on_some_kernels(self, device):  # noqa: F811
+    def test_eight_bytes_are_possible_on_some_kernels(self, device):
         if RELEASE < (7, 0):
             device.ioevents.add(0, 0x80, 0, 8).close()
         else:
@@ -73,15 +70,15 @@ def test_registers_of_a_network_card_are_described(network_card):
     assert regions[0].info.flags & RegionFlags.MMAP and not regions[2].info.flags & RegionFlags.MMAP
     table = regions[3].info
     assert table.msix_mappable and table.flags & RegionFlags.CAPS
-    assert [(capability.id, capability.version, len(capability.data)) for capability in table.capabilities] == [(3, 1, 8)]
+    assert [(found.id, found.version, len(found.data)) for found in table.capabilities] == [(3, 1, 8)]
 
 
 def test_capabilities_and_bars_of_a_network_card_are_found(network_card):
     config = network_card.config
     assert {capability.id for capability in config.capabilities()} == {0x01, 0x05, 0x10, 0x11}
-    assert [(capability.id, capability.offset) for capability in config.extended_capabilities()] == [(1, 0x100), (3, 0x140)]
-    assert [(bar.index, bar.memory, bar.bits) for bar in config.bars()] == [(0, True, 32), (1, True, 32), (2, False, 32),
-                                                                          (3, True, 32)]
+    assert [(found.id, found.offset) for found in config.extended_capabilities()] == [(1, 0x100), (3, 0x140)]
+    assert [(bar.index, bar.memory, bar.bits) for bar in config.bars()] == [
+        (0, True, 32), (1, True, 32), (2, False, 32), (3, True, 32)]
     assert config.find_capability(0x11).offset == 0xA0
 
 
@@ -180,17 +177,13 @@ def behind_the_bridge():
         yield container
 
 
-def group_fds(container):
-    return [group.fd for group in container._groups.values() if isinstance(group, Descriptor)]
-
-
 def test_a_hot_reset_names_and_resets_all_behind_the_bridge(behind_the_bridge):
     with VfioDevice.open(behind_the_bridge, BEHIND_THE_BRIDGE[0]) as first, \
             VfioDevice.open(behind_the_bridge, BEHIND_THE_BRIDGE[1]) as second:
         info = first.hot_reset_info()
         assert [entry.address for entry in info.devices] == BEHIND_THE_BRIDGE
         assert len({entry.group for entry in info.devices}) == 1 and not info.by_devid
-        first.hot_reset(group_fds(behind_the_bridge))
+        first.hot_reset(behind_the_bridge.group_fds())
         for device in (first, second):
             driver = EduDriver(device)
             assert driver.version == (1, 0) and driver.invert(5) == 0xFFFFFFFA
@@ -211,7 +204,7 @@ def test_a_device_on_the_root_bus_has_no_hot_reset(container):
         with pytest.raises(NoDeviceError):
             device.hot_reset_info()
         with pytest.raises(NoDeviceError):
-            device.hot_reset(group_fds(container))
+            device.hot_reset(container.group_fds())
         with pytest.raises(InvalidArgumentError, match="can't be reset alone"):
             device.reset()
 
@@ -281,7 +274,7 @@ def test_a_device_that_vanishes_asks_for_its_release_and_leaves_nothing():
 
 
 def test_a_view_of_registers_keeps_the_device_open_and_says_so(container):
-    device = VfioDevice.open(container, EDU)  # noqa: F811
+    device = VfioDevice.open(container, EDU)
     mapped = device.regions[0].mmap()
     view = mapped.view(0, 4096)
     with pytest.warns(ResourceWarning, match="BAR 0"):
@@ -296,7 +289,7 @@ def test_a_second_container_of_the_same_group_is_refused(container):
 
 
 def test_low_power_is_entered_and_left(container):
-    with VfioDevice.open(container, EDU) as device:  # noqa: F811
+    with VfioDevice.open(container, EDU) as device:
         wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             device.features.enter_low_power()
