@@ -296,6 +296,26 @@ def test_bytes_arrive_where_they_are_mapped_and_nowhere_after_unmap(memory):
         del view
 
 
+def test_mediated_devices_are_bound_by_their_node(memory):
+    if subprocess.run(["modprobe", "-q", "mtty"]).returncode:
+        pytest.skip("this kernel has no sample mediated devices")
+    uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+    types = "/sys/devices/virtual/mtty/mtty/mdev_supported_types"
+    with open(f"{types}/{sorted(os.listdir(types))[0]}/create", "w") as file:
+        file.write(uuid)
+    place = f"/sys/bus/mdev/devices/{uuid}"
+    try:
+        node, = os.listdir(f"{place}/vfio-dev")
+        with IommufdContainer([f"/dev/vfio/devices/{node}"]) as container:
+            assert "dirty" not in container.capabilities().features
+            container.map_dma(0x10000, vaddr(memory), PAGE, 3)
+            container.system.close(container.open_device_fd(f"/dev/vfio/devices/{node}"))
+            assert container.unmap_all() == PAGE
+    finally:
+        with open(f"{place}/remove", "w") as file:
+            file.write("1")
+
+
 @needs_devices
 def test_threads_map_and_unmap_side_by_side(memory):
     at, failures = vaddr(memory), []

@@ -33,7 +33,7 @@ class IommufdContainer(Ioas):
     Parameters
     ----------
     devices : sequence of str
-        PCI addresses, at least one.
+        PCI addresses or device nodes ("/dev/vfio/devices/vfio0"), at least one.
     system : VfioSystem, optional
         Whose iommufd; by default the running kernel's.
     huge_pages : bool

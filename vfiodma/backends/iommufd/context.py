@@ -117,7 +117,12 @@ class Iommufd(Descriptor):
         self.command(abi.IOMMU_DESTROY, abi.iommu_destroy, "destroy", id=id)
 
     def bind(self, address: str) -> IommufdDevice:
-        """Open the device node of a PCI device and bind it to this iommufd.
+        """Open the device node of a device and bind it to this iommufd.
+
+        Parameters
+        ----------
+        address : str
+            A PCI address, or the node itself ("/dev/vfio/devices/vfio0") for mediated and other devices.
 
         Raises
         ------
@@ -125,6 +130,8 @@ class Iommufd(Descriptor):
             With what to do: ENODEV (no such device, wrong driver), EOPNOTSUPP (the kernel has no device nodes), EACCES,
             EBUSY (its group is in use, or not viable), EINVAL (open already), EPERM.  Nothing stays open.
         """
+        if address.startswith("/"):
+            return IommufdDevice(self, address, address)
         location = self.system.find_device(address)
         if location.noiommu:
             raise error(errno.EPERM, "bind", hint=f"{address} is in a no-IOMMU group: it can reach all of memory, and "

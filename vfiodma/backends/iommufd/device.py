@@ -25,6 +25,7 @@ class IommufdDevice(Descriptor):
     ----------
     iommufd : Iommufd
     address : str
+        As it was asked for: the PCI address, or the node.
     id : int
         Its number in the iommufd.
 
