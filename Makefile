@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc vfiodma -name '*.[ch]' -o -name '*.pyx' -o -name '*.pxd')
 STUBS := $(shell find vfiodma/_core -name '*.pyi' ! -name '__init__.pyi')
 
-# Kernels of `make lab`, as tests/lab/run.py takes them; none: those that are there.
+# Kernels of `make lab`, as tests/lab/run_guests.py takes them; none: those that are there.
 LAB_KERNELS ?=
 export LAB ?=
 
@@ -40,7 +40,7 @@ demo: build
 # All of it, or with PYTEST="..." a part of the Python tests.
 test: build test-c
 	$(BIN)/python -m pytest $(PYTEST)
-	$(if $(PYTEST),,@$(BIN)/python tests/lab/run.py --short)
+	$(if $(PYTEST),,@$(BIN)/python tests/lab/run_guests.py --short)
 
 test-c:
 	$(MAKE) --no-print-directory -C tests/c check
@@ -51,13 +51,13 @@ test-deep: build
 
 # Tests on real kernels in QEMU, see docs/kernel-lab.md: on one kernel a few, on each kernel all; and what they need.
 lab-short: build
-	$(BIN)/python tests/lab/run.py --short
+	$(BIN)/python tests/lab/run_guests.py --short
 
 lab: build
-	$(BIN)/python tests/lab/run.py $(LAB_KERNELS) $(if $(PYTEST),-- $(PYTEST))
+	$(BIN)/python tests/lab/run_guests.py $(LAB_KERNELS) $(if $(PYTEST),-- $(PYTEST))
 
 lab-prepare:
-	$(PYTHON) tests/lab/run.py --prepare $(LAB_KERNELS)
+	$(PYTHON) tests/lab/run_guests.py --prepare $(LAB_KERNELS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Run the tests of tests/lab/guest inside kernels: boots each, brings the results back, tells the outcome of all.
 
-    run.py [--short] [--prepare] [--cache DIR] [KERNEL ...] [-- PYTEST ARGUMENTS]
+    run_guests.py [--short] [--prepare] [--cache DIR] [KERNEL ...] [-- PYTEST ARGUMENTS]
 
 KERNEL is a name that kernel-lab takes, with kernel arguments after a "+": 6.12-iommufd+intel_iommu=off.  Without one:
-those of DEFAULT that are in the cache, 6.12 if none is; with LAB=full all of FULL, built first where needed.
+those of KERNELS that are in the cache, 6.12 if none is; with LAB=full all of them, built first where needed.
 
 The environment variable LAB is "off" (do nothing), "on" or "full"; "on" and "full" allow apt-get to install QEMU, as
-CI=true does.  --short runs the tests marked `short` on 6.12, and is left out, saying so, where QEMU is not installed.
+CI=true does.  --short runs the tests marked `short` on 6.12, and is left out, saying so, where QEMU is not installed or
+the kernel cannot be fetched.
 
 Exit status 0 if on every kernel tests ran and none failed.
 """
@@ -24,9 +25,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from kernel_lab import cli, guest, host, kernels  # noqa: E402
 
-DEFAULT = ["6.1", "6.12", "7.2", "7.2-iommufd", "6.12-iommufd", "6.12-iommufd+intel_iommu=off"]
 # Linux 6.12 has the self-test IOMMU of iommufd only without a real one.
-FULL = DEFAULT
+KERNELS = ["6.1", "6.12", "7.2", "7.2-iommufd", "6.12-iommufd", "6.12-iommufd+intel_iommu=off"]
 RESULTS = pathlib.Path("build/lab")
 
 
@@ -83,6 +83,10 @@ def prepare(name, options):
     return ready, "ready" if ready else "not prepared"
 
 
+def is_there(name, options):
+    return name.split("+")[0] in {kernel.name for kernel in kernels.cached(options.cache)}
+
+
 def chosen(options, lab):
     """Return the kernels to run, and those of the default that are left out."""
     if options.kernels:
@@ -90,12 +94,11 @@ def chosen(options, lab):
     if options.short:
         return ["6.12"], []
     if lab == "full":
-        return FULL, []
+        return KERNELS, []
     if options.prepare:
-        return [name for name in DEFAULT if kernels.BUILT not in name], []
-    there = {kernel.name for kernel in kernels.cached(options.cache)}
-    names = [name for name in DEFAULT if name.split("+")[0] in there]
-    return names or ["6.12"], [name for name in DEFAULT if name not in (names or ["6.12"])]
+        return [name for name in KERNELS if kernels.BUILT not in name], []
+    names = [name for name in KERNELS if is_there(name, options)]
+    return names or ["6.12"], [name for name in KERNELS if name not in (names or ["6.12"])]
 
 
 def reason_to_skip(options, lab):
@@ -135,6 +138,9 @@ def main(arguments, lab):
         say(f"kernel lab: skipped, {reason}")
         return 0
     names, left_out = chosen(options, lab)
+    if options.short and not options.install and not is_there(names[0], options) and not prepare(names[0], options)[0]:
+        say(f"kernel lab: skipped, there is no kernel {names[0]}: see above")
+        return 0
     lines, failures = [], 0
     for name in names:
         say(f"kernel lab: {'preparing ' if options.prepare else 'tests on '}{name}")
