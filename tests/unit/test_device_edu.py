@@ -1,18 +1,22 @@
-"""The `edu` driver on the software device: the tests that a real one passes in the lab."""
+"""The `edu` driver on the software device: the tests that a real one passes in the lab, through every door."""
 import pytest
-from device_checks import (
-    EDU,
-    DriverChecks,
-    RegisterChecks,
-)
+from device_checks import EDU, DriverChecks, InterruptChecks, IoEventChecks, RegisterChecks
 
-from vfiodma import SoftwareGroup, open_backend
-from vfiodma.devices.edu import EduDevice
+from vfiodma import SoftwareGroup, SoftwareVfio, Type1Container, VfioDevice, open_backend
+from vfiodma.devices import EduDevice, IrqIndex
+from vfiodma.errors import UnsupportedError
 
 
-@pytest.fixture
-def container():
-    with open_backend("software", groups=[SoftwareGroup(0, [EduDevice(EDU)])], memlock_limit=None) as container:
+@pytest.fixture(params=["software", "type1", "iommufd"])
+def container(request):
+    system = SoftwareVfio(groups=[SoftwareGroup(0, [EduDevice(EDU)])], memlock_limit=None)
+    if request.param == "software":
+        container = system.container()
+    elif request.param == "type1":
+        container = Type1Container([EDU], system=system)
+    else:
+        container = open_backend("iommufd", devices=[EDU], system=system)
+    with container:
         yield container
 
 
@@ -22,3 +26,25 @@ class TestRegisters(RegisterChecks):
 
 class TestDriver(DriverChecks):
     pass
+
+
+class Newer:
+    """Tests of what a software device may not have yet."""
+
+    @pytest.fixture(autouse=True)
+    def needs(self, container):
+        with VfioDevice.open(container, EDU) as device:
+            try:
+                self.try_out(device)
+            except UnsupportedError as exc:
+                pytest.skip(str(exc))
+
+
+class TestInterrupts(Newer, InterruptChecks):
+    def try_out(self, device):
+        device.interrupts(IrqIndex.INTX).close()
+
+
+class TestIoEvents(Newer, IoEventChecks):
+    def try_out(self, device):
+        device.ioevents.add(0, 4, 0, 4).close()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfiodma import DirtyBitmap
+from vfiodma import DirtyBitmap, DirtyTracker, GuestMemory, IoAddressSpace, open_backend
 from vfiodma._core.errno import error
 from vfiodma.devices import DeviceLogSource, Feature, FeatureOps, IrqIndex, VfioDevice
 from vfiodma.devices.dma_log import fewest_ranges
@@ -16,6 +16,7 @@ from vfiodma.devices.migration import MigrationState, PrecopyInfo
 from vfiodma.devices.pci import AtomicCompletion, DeviceFlags
 from vfiodma.devices.regions import RegionType
 from vfiodma.errors import ClosedError, DmaLimitError, InvalidArgumentError, NoDeviceError, UnsupportedError, VfioError
+from vfiodma.migration.layout import MemoryLayout
 from vfiodma.uapi import vfio as abi
 
 
@@ -275,6 +276,25 @@ def test_a_log_is_harvested_into_a_bitmap_that_keeps_its_bits():
         assert bitmap.indices().tolist() == [3, 64, 66]
         source.stop()
         assert source.name == "DMA log of 0000:00:01.0"
+
+
+def test_a_device_log_can_be_the_source_of_a_tracker():
+    def report(data):
+        values = abi.vfio_device_feature_dma_logging_report.unpack(data)
+        if values["iova"] <= 0x40000 < values["iova"] + values["length"]:
+            ctypes.c_uint64.from_address(values["bitmap"]).value |= 1 << (0x40000 - values["iova"]) // 4096
+        return data
+
+    with feature_device({6: lambda data: data, 7: lambda data: b"", 8: report}) as device, \
+            open_backend("software") as backend, GuestMemory.memfd(64 * 4096) as memory, \
+            IoAddressSpace(backend) as ioas, MemoryLayout(memory, 4096) as layout:
+        ioas.map(memory, 0x20000)
+        backend.dirty_sources = lambda: [DeviceLogSource(device)]
+        tracker = DirtyTracker(ioas, layout, cpu_writes="off")
+        tracker.start()
+        bitmap = DirtyBitmap(layout.nbits)
+        assert tracker.harvest(bitmap) == 1 and bitmap.indices().tolist() == [0x20]
+        tracker.stop()
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 5)), min_size=1, max_size=30), st.integers(1, 12))

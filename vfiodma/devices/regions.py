@@ -102,10 +102,11 @@ class Region:
     Source: VFIO_DEVICE_GET_REGION_INFO; pread(2), pwrite(2), mmap(2) of a device.
     """
 
-    __slots__ = ("_device", "info")
+    __slots__ = ("_device", "_flags", "info")
 
     def __init__(self, device: "VfioDevice", info: RegionInfo) -> None:
         self._device = device
+        self._flags = int(info.flags)       # IntFlag is slow
         self.info = info
 
     @property
@@ -122,19 +123,19 @@ class Region:
     def __repr__(self) -> str:
         return f"<{self.name} of {self._device!r}, {self.size:#x} bytes>"
 
-    def _place(self, operation: str, offset: int, size: int, needed: RegionFlags) -> int:
+    def _place(self, operation: str, offset: int, size: int, needed: int) -> int:
         """Check an access; return its place in the device's file."""
         info = self.info
         if offset < 0 or size < 0 or offset + size > info.size:
             raise error(errno.EINVAL, operation, size=size,
                         hint=f"offset {offset:#x} is outside of {self.name}, which has {info.size:#x} bytes")
-        if needed & ~info.flags:
+        if not needed & self._flags:
             raise error(errno.EINVAL, operation, size=size, hint=f"{self.name} does not allow it: {info.flags!r}")
         return info.offset + offset
 
     def read(self, offset: int, size: int) -> bytes:
         """Read ``size`` bytes."""
-        place = self._place("region_read", offset, size, RegionFlags.READ)
+        place = self._place("region_read", offset, size, abi.VFIO_REGION_INFO_FLAG_READ)
         device = self._device
         try:
             data = device.system.pread(device.check("region_read"), size, place)
@@ -148,7 +149,7 @@ class Region:
     def write(self, offset: int, data: Any) -> None:
         """Write bytes-like ``data``."""
         size = memoryview(data).nbytes
-        place = self._place("region_write", offset, size, RegionFlags.WRITE)
+        place = self._place("region_write", offset, size, abi.VFIO_REGION_INFO_FLAG_WRITE)
         device = self._device
         try:
             done = device.system.pwrite(device.check("region_write"), data, place)
@@ -211,7 +212,7 @@ class Region:
         VfioError
             EINVAL: the region can't be mapped (use read and write), or not with this ``prot``.
         """
-        self._place("region_mmap", 0, self.size, RegionFlags.MMAP)
+        self._place("region_mmap", 0, self.size, abi.VFIO_REGION_INFO_FLAG_MMAP)
         fd = self._device.check("region_mmap")
         areas = ((0, self.size),) if self.info.sparse_areas is None else self.info.sparse_areas
         mapped = MappedRegion(self)
