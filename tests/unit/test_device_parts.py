@@ -1,6 +1,8 @@
 """The typed side of a device against a system that answers from a script: what no device of the lab has."""
 import ctypes
 import errno
+import os
+import resource
 import struct
 
 import numpy as np
@@ -178,6 +180,21 @@ def test_fewer_vectors_than_asked_for_is_an_error_that_tells_how_many():
     with opened(GET_IRQ_INFO=irq_info, SET_IRQS=lambda data: 3) as device:
         with pytest.raises(DmaLimitError, match="3 vectors left for MSIX, not 64"):
             device.interrupts(IrqIndex.MSIX, 64)
+
+
+def test_running_out_of_descriptors_leaves_none_open():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    irq_info = lambda data: abi.vfio_irq_info.pack(argsz=16, flags=1, index=2, count=2048)  # noqa: E731
+    with opened(GET_IRQ_INFO=irq_info, SET_IRQS=lambda data: 0) as device:
+        before = os.listdir("/proc/self/fd")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(before) + 100, limits[1]))
+        try:
+            with pytest.raises(VfioError, match="RLIMIT_NOFILE") as caught:
+                device.interrupts(IrqIndex.MSIX, 2048)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert caught.value.errno == errno.EMFILE
+        assert os.listdir("/proc/self/fd") == before
 
 
 def feature_device(handlers):

@@ -1,5 +1,6 @@
 """Numbers on their way into the kernel's structures."""
 import errno
+import os
 import struct
 from collections.abc import Iterable
 
@@ -15,6 +16,15 @@ def pack_fds(operation: str, fds: Iterable[int | None]) -> bytes:
         if not all(isinstance(number, int) for number in numbers):
             raise TypeError("descriptors are numbers") from None
         raise error(errno.EBADF, operation, hint="a number is no descriptor") from None
+
+
+def new_eventfd(operation: str) -> int:
+    """Return a new eventfd, non-blocking and closed on exec."""
+    try:
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    except OSError as exc:
+        raise error(exc.errno or errno.EIO, operation,
+                    hint="this process can have no more descriptors: raise RLIMIT_NOFILE with 'ulimit -n'") from None
 
 
 def check_u64(operation: str, *numbers: int) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 from .._core.errno import error
 from ..errors import InvalidArgumentError, UnsupportedError, VfioError
 from ..uapi import vfio as abi
-from .arguments import pack_fds
+from .arguments import new_eventfd, pack_fds
 
 if TYPE_CHECKING:
     from .pci import VfioDevice
@@ -64,7 +64,7 @@ class Interrupt:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.fd = new_eventfd("irq_enable")
 
     def fileno(self) -> int:
         """Return the eventfd."""
@@ -120,8 +120,9 @@ class Vectors:
     def __init__(self, device: "VfioDevice", kind: int, count: int) -> None:
         self.kind = kind
         self._device = device
-        self._vectors = [Interrupt(number) for number in range(count)]
+        self._vectors: list[Interrupt] = []
         try:
+            self._vectors.extend(Interrupt(number) for number in range(count))
             self._set(_EVENTFD | _TRIGGER, "irq_enable", 0, count,
                       pack_fds("irq_enable", [vector.fd for vector in self._vectors]))
         except BaseException:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 from .._core.errno import error
 from ..errors import VfioError
 from ..uapi import vfio as abi
+from .arguments import new_eventfd
 
 if TYPE_CHECKING:
     from .pci import VfioDevice
@@ -35,7 +36,7 @@ class IoEvent:
             raise error(errno.EINVAL, "ioeventfd", size=width, hint=f"offset {offset:#x} is outside of {region.name}")
         self._device = device
         self._fields = {"flags": _WIDTHS[width], "offset": region.info.offset + offset, "data": value}
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.fd = new_eventfd("ioeventfd")
         try:
             self._set(self.fd)
         except BaseException:

@@ -2,6 +2,7 @@
 import contextlib
 import enum
 import errno
+import operator
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -299,10 +300,9 @@ class Regions:
         VfioError
             EINVAL: the device has no such index.
         """
+        index = operator.index(index)
         info = self._infos.get(index)
         if info is None:
-            if not isinstance(index, int):
-                raise TypeError("a region is asked for by its index")
             number = index if 0 <= index < 1 << 32 else 0xFFFFFFFF
             hints = {errno.EINVAL: f"the device has no region {index}; see info.num_regions"}
             info = self._infos[index] = _decode(ask(self._device, abi.VFIO_DEVICE_GET_REGION_INFO, abi.vfio_region_info,
