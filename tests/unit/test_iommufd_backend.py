@@ -440,6 +440,13 @@ def test_a_failed_unmap_keeps_what_is_known_of_the_areas(system, container, span
     assert container.areas() == [(0x10000, 2 * PAGE), (0x20000, PAGE)]
 
 
+def test_areas_that_others_unmapped_are_forgotten_when_their_place_is_taken(system, container):
+    container.map_many(rows([0x10000, 0, 2 * PAGE, 3], [0x12000, 0, PAGE, 3], [0x20000, 0, PAGE, 3]))
+    system.areas.clear()
+    container.map_dma(0x11000, 0, 4 * PAGE, 3)
+    assert container.areas() == [(0x11000, 4 * PAGE), (0x20000, PAGE)]
+
+
 def test_wrong_sizes_go_to_the_kernel_and_leave_the_notes_alone(system, container):
     container.map_dma(0, 0, PAGE, 3)
     for iova, size in ((0, 0), (EVERYTHING, 2)):

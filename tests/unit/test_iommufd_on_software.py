@@ -139,7 +139,7 @@ def test_a_device_is_in_one_container_at_a_time(kernel):
 def test_emulated_devices_are_in_an_address_space_too(kernel, memory):
     system = SoftwareVfio(kernel, groups=[SoftwareGroup(5, [Writer(FIRST)], emulated=True)])
     with IommufdContainer(["/dev/vfio/devices/vfio0"], system=system) as container:
-        assert "dirty" not in container.capabilities().features
+        assert "dirty" not in container.capabilities().features and container.capabilities().min_pgsize == PAGE
         container.map_dma(0x10000, vaddr(memory), PAGE, 3)
         system._groups[5].config.devices[0].port.write(0x10000, b"emulated")
         assert container.unmap_all() == PAGE

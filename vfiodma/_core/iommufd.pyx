@@ -3,7 +3,7 @@
 Arguments are built on the C stack; with the running kernel the GIL is released for every call.
 """
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer
-from libc.errno cimport EINTR, EINVAL, ENOENT, ENOMEM
+from libc.errno cimport EEXIST, EINTR, EINVAL, ENOENT, ENOMEM
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
@@ -97,32 +97,35 @@ cdef class IoasIoctls:
 
     cdef long note(self, uint64_t iova, uint64_t size) except? -1:
         """Note what was just mapped; on lack of memory it is unmapped again."""
-        cdef uint64_t unmapped
-        cdef long result = rangemap_insert(self.noted, iova, iova + size - 1, 0)
-        if result == -ENOMEM:
+        cdef rangemap_entry stale
+        cdef uint64_t unmapped, last = iova + size - 1
+        cdef long result = rangemap_insert(self.noted, iova, last, 0)
+        while result == -EEXIST:            # something was unmapped behind our back: the kernel knows better
+            if rangemap_lower(self.noted, iova, &stale) and stale.start <= last:
+                rangemap_remove(self.noted, stale.start, NULL)
+            result = rangemap_insert(self.noted, iova, last, 0)
+        if result < 0:
             self.unmap_one(iova, size, &unmapped)
-            return result
-        return 0            # -EEXIST: a note of something that was unmapped behind our back
+        return result
 
     cdef long note_copy(self, IoasIoctls source, uint64_t src, uint64_t size, uint64_t dst) except? -1:
         """Note a copy: one area for each source area."""
         cdef rangemap_entry entry
-        cdef uint64_t end = src + size, at = src, last, unmapped
-        cdef long result
-        while at < end:
+        cdef uint64_t end = src + (size - 1), at = src, last, unmapped
+        while True:
             if not rangemap_lower(source.noted, at, &entry) or entry.start > at:
-                last = end - 1              # mapped by others: its areas are not known
-                if rangemap_lower(source.noted, at, &entry) and entry.start < end:
+                last = end                  # mapped by others: its areas are not known
+                if rangemap_lower(source.noted, at, &entry) and entry.start <= end:
                     last = entry.start - 1
             else:
-                last = min(entry.last, end - 1)
-            result = rangemap_insert(self.noted, dst + (at - src), dst + (last - src), 0)
-            if result == -ENOMEM:
+                last = min(entry.last, end)
+            if self.note(dst + (at - src), last - at + 1) < 0:
                 self.forget(dst, size)
                 self.unmap_one(dst, size, &unmapped)
-                return result
+                return -ENOMEM
+            if last == end:
+                return 0
             at = last + 1
-        return 0
 
     cdef long forget(self, uint64_t iova, uint64_t size) except? -1:
         """Drop the notes wholly inside the range; return how many."""

@@ -1,6 +1,7 @@
 """An address space of an iommufd with its devices: the backend of an IoAddressSpace."""
 import contextlib
 import errno
+import mmap
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -87,7 +88,8 @@ class IommufdContainer(Ioas):
                     device.attach(self)
             if loses_last_page is not None:
                 self._set_loses_last_page(loses_last_page)
-            self._pgsizes = self.iova_alignment() | _LARGE_PAGES
+            # Smaller pages than the CPU's are hidden, as Type1 hides them; emulated devices would take single bytes.
+            self._pgsizes = max(self.iova_alignment(), mmap.PAGESIZE) | _LARGE_PAGES
         except BaseException:
             iommufd.close()
             raise
