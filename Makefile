@@ -8,6 +8,7 @@ STUBS := $(shell find vfiodma/_core -name '*.pyi' ! -name '__init__.pyi')
 
 # Kernels of `make lab`, as tests/lab/run_guests.py takes them; none: those that are there.
 LAB_KERNELS ?=
+LAB_ARGS ?=
 export LAB ?=
 
 .PHONY: all build demo test test-c test-deep lab lab-short lab-prepare lint types imports sanitize bench dist clean
@@ -54,10 +55,10 @@ lab-short: build
 	$(BIN)/python tests/lab/run_guests.py --short
 
 lab: build
-	$(BIN)/python tests/lab/run_guests.py $(LAB_KERNELS) $(if $(PYTEST),-- $(PYTEST))
+	$(BIN)/python tests/lab/run_guests.py $(LAB_ARGS) $(LAB_KERNELS) $(if $(PYTEST),-- $(PYTEST))
 
 lab-prepare:
-	$(PYTHON) tests/lab/run_guests.py --prepare $(LAB_KERNELS)
+	$(PYTHON) tests/lab/run_guests.py --prepare $(LAB_ARGS) $(LAB_KERNELS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
