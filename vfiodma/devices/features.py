@@ -149,5 +149,6 @@ class Features:
             dma_ranges=[{"offset": offset, "length": size} for offset, size in ranges])
         flags = abi.VFIO_DEVICE_FEATURE_GET | Feature.DMA_BUF
         buffer = bytearray(layout.pack(argsz=layout.size + len(body), flags=flags) + body)
-        return self._device.control(abi.VFIO_DEVICE_FEATURE, buffer, "export_dmabuf",
-                                    {errno.ENOTTY: "the device, or the kernel, can't export dma-bufs"})
+        return self._device.control(abi.VFIO_DEVICE_FEATURE, buffer, "export_dmabuf", {
+            errno.ENOTTY: "the device, or the kernel, can't export dma-bufs",
+            errno.EINVAL: "ranges are whole pages of a memory BAR"})

@@ -27,6 +27,8 @@ from vfiodma.protocols import DirtySource
 
 pytestmark = pytest.mark.skipif("KERNEL_LAB" not in os.environ or not os.path.exists("/dev/iommu"),
                                 reason="runs in a kernel-lab guest with iommufd, which has the sample devices")
+needs_devices = pytest.mark.skipif(not os.path.exists(f"/sys/bus/pci/devices/{EDU}/iommu_group"),
+                                   reason="no IOMMU stands before the devices")
 S = MigrationState
 RELEASE = tuple(map(int, os.uname().release.split("-")[0].split("+")[0].split(".")[:2]))
 BEHIND_THE_BRIDGE = ["0000:01:01.0", "0000:01:02.0"]
@@ -205,6 +207,7 @@ def test_a_display_in_dma_bufs():
         assert len(edid.info.capabilities[0].data) == 16
 
 
+@needs_devices
 def test_a_device_without_a_display():
     with Type1Container([EDU]) as container, VfioDevice.open(container, EDU) as device:
         assert not device.graphics.probe(PlaneAccess.REGION)
@@ -216,6 +219,7 @@ def test_a_device_without_a_display():
 
 # ---- devices that were opened through their own nodes
 
+@needs_devices
 def test_a_device_node_is_driven_as_one_of_a_group():
     with open_backend("iommufd", devices=[EDU]) as container, VfioDevice.open(container, EDU) as device:
         driver = EduDriver(device)
@@ -228,6 +232,7 @@ def test_a_device_node_is_driven_as_one_of_a_group():
             device.hot_reset_info()
 
 
+@needs_devices
 def test_a_hot_reset_of_device_nodes_needs_no_groups():
     with open_backend("iommufd", devices=BEHIND_THE_BRIDGE) as container, \
             VfioDevice.open(container, BEHIND_THE_BRIDGE[0]) as device:
@@ -240,6 +245,7 @@ def test_a_hot_reset_of_device_nodes_needs_no_groups():
         device.hot_reset()
 
 
+@needs_devices
 def test_a_hot_reset_names_devices_that_are_not_owned():
     with open_backend("iommufd", devices=BEHIND_THE_BRIDGE[:1]) as container, \
             VfioDevice.open(container, BEHIND_THE_BRIDGE[0]) as device:

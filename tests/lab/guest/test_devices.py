@@ -18,12 +18,14 @@ from device_checks import (
 )
 
 from vfiodma import EduDriver, GuestMemory, IoAddressSpace, Type1Container, VfioDevice
+from vfiodma.devices.features import Feature
 from vfiodma.devices.interrupts import IrqFlags, IrqIndex
 from vfiodma.devices.pci import DeviceFlags
 from vfiodma.devices.regions import RegionFlags
-from vfiodma.errors import BusyError, ClosedError, InvalidArgumentError, NoDeviceError
+from vfiodma.errors import BusyError, ClosedError, InvalidArgumentError, NoDeviceError, UnsupportedError
 
-pytestmark = pytest.mark.skipif("KERNEL_LAB" not in os.environ, reason="runs in a guest of kernel-lab")
+pytestmark = pytest.mark.skipif(not os.path.exists("/sys/bus/pci/devices/0000:00:10.0/iommu_group"),
+                                reason="no IOMMU stands before the devices")
 
 E1000E, NVME, UNPLUGGED = "0000:00:14.0", "0000:00:15.0", "0000:00:11.0"
 BEHIND_THE_BRIDGE = ["0000:01:01.0", "0000:01:02.0"]
@@ -40,10 +42,12 @@ class TestRegisters(RegisterChecks):
     pass
 
 
+@pytest.mark.short
 class TestDriver(DriverChecks):
     pass
 
 
+@pytest.mark.short
 class TestInterrupts(InterruptChecks):
     pass
 
@@ -159,6 +163,20 @@ def test_error_interrupts_of_pci_express_can_be_triggered(network_card):
     with network_card.interrupts(IrqIndex.ERR) as vectors:
         vectors.trigger()
         assert vectors.wait(1) == 1
+
+
+def test_registers_are_exported_where_the_kernel_can(network_card):
+    features = network_card.features
+    if not features.probe(Feature.DMA_BUF):
+        with pytest.raises(UnsupportedError, match="can't export"):
+            features.export_dmabuf(0, [(0, PAGE)], os.O_CLOEXEC | os.O_RDWR)
+        return
+    fd = features.export_dmabuf(0, [(0, PAGE), (2 * PAGE, PAGE)], os.O_CLOEXEC | os.O_RDWR)
+    assert os.readlink(f"/proc/self/fd/{fd}").startswith("/dmabuf")
+    os.close(fd)
+    for ranges in ([], [(0, 100)], [(0, 1 << 30)], [(-PAGE, PAGE)]):
+        with pytest.raises(InvalidArgumentError):
+            features.export_dmabuf(0, ranges, os.O_CLOEXEC | os.O_RDWR)
 
 
 def test_a_storage_controller_tells_what_it_is():
