@@ -30,6 +30,7 @@ cdef ioas_t *ioas_new(context_t *c) noexcept nogil:
         return NULL
     ioas.context = c
     ioas.alignment = 1
+    ioas.full_below = PS
     ioas.areas = rangemap_new()
     ioas.allowed = rangemap_new()
     if not ioas.areas or not ioas.allowed:
@@ -83,6 +84,7 @@ cdef void remove_area(ioas_t *ioas, area_t *area) noexcept nogil:
     pthread_rwlock_wrlock(&ioas.context.iotlb)
     rangemap_remove(ioas.areas, area.iova, &entry)
     pthread_rwlock_unlock(&ioas.context.iotlb)
+    ioas.full_below = min(ioas.full_below, max(area.iova, <uint64_t> PS))
     release(area)
 
 
@@ -117,6 +119,7 @@ cdef void unreserve(ioas_t *ioas, void *owner) noexcept nogil:
             ioas.reserved[kept] = ioas.reserved[i]
             kept += 1
     ioas.nreserved = kept
+    ioas.full_below = PS
 
 
 cdef bint is_reserved(const ioas_t *ioas, uint64_t start, uint64_t last) noexcept nogil:
@@ -244,10 +247,13 @@ cdef int choose_iova(ioas_t *ioas, uint64_t address, uint64_t length, uint64_t *
         alignment = min(alignment, lowest_bit(address))
     if alignment < ioas.alignment:
         return -EINVAL
+    # Small mappings one after another leave no holes: they need not be gone through each time.
+    at = ioas.full_below
+    ioas.full_below = at if hole_from(ioas, &at, &end, UINT64_MAX) else UINT64_MAX
     start = PS
     while allowed_from(ioas, &start, &last):
         if fits(&start, last, length, alignment, offset):
-            at = start
+            at = max(start, ioas.full_below)
             while hole_from(ioas, &at, &end, last):
                 if fits(&at, end, length, alignment, offset):
                     iova[0] = at
@@ -443,9 +449,13 @@ cdef void notify_unmap(ioas_t *ioas, uint64_t iova, uint64_t size) noexcept nogi
     """Ask emulated devices to give up what they have pinned; called, and returns, with the lock held."""
     cdef context_t *c = ioas.context
     cdef void *owner = c.owner
+    ioas.unmaps += 1
+    c.unmaps += 1
     pthread_mutex_unlock(&c.lock)
     call_owner(owner, iova, size)
     pthread_mutex_lock(&c.lock)
+    ioas.unmaps -= 1
+    c.unmaps -= 1
 
 
 cdef int unmap_areas(ioas_t *ioas, uint64_t start, uint64_t last, uint64_t *unmapped) noexcept nogil:

@@ -247,7 +247,9 @@ cdef class IommufdContext:
             return
         self.enter("close")
         with nogil:
-            self.free_objects()
+            # An unmap that waits for a device goes on with its address space: then the last reference frees it.
+            if not self.c.unmaps:
+                self.free_objects()
             self.c.dead = True
             self.leave()
 

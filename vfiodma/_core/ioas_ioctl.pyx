@@ -7,7 +7,7 @@ from libc.errno cimport (
     E2BIG, EADDRINUSE, EBUSY, EEXIST, EFAULT, EINVAL, EMSGSIZE, ENODEV, ENOENT, ENOMEM, ENOTTY, EOPNOTSUPP, EOVERFLOW, EPERM,
 )
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from .hwpt cimport hwpt_alloc, hwpt_arguments, hwpt_destroy
 from .ioas cimport (
@@ -71,7 +71,7 @@ cdef int destroy(context_t *c, void *data, bint *respond) noexcept nogil:
     if args.id >= c.room or c.objects[args.id].kind == FREE:
         return -ENOENT
     if ioas:
-        if ioas.hwpts or ioas.accesses:
+        if ioas.hwpts or ioas.accesses or ioas.unmaps:
             return -EBUSY
         object_remove(c, ioas.id)
         if c.vfio_ioas == ioas:
@@ -544,25 +544,30 @@ cdef long iommufd_ioctl(context_t *c, uint32_t request, uint64_t arg) noexcept n
     cdef uint32_t number = request & 0xff, size
     cdef uint64_t args[MAX_WORDS]
     cdef uint32_t last_known = CMD_HW_QUEUE_ALLOC if c.version >= V7_2 else CMD_FAULT_QUEUE_ALLOC
-    cdef bint respond = False
+    cdef bint respond = False, whole
     cdef command_t *known
     cdef int err
     if number < FIRST_COMMAND or number > last_known:
         return compat_ioctl(c, request, arg)
-    if user_read(&size, arg, 4):
+    known = &commands[number - FIRST_COMMAND]
+    # Usually all of it is there, and one read is enough.
+    whole = user_read(args, arg, known.size) == 0
+    if whole:
+        memcpy(&size, args, 4)
+    elif user_read(&size, arg, 4):
         return -EFAULT
     if request != (IOMMUFD_TYPE | number):
         return -ENOTTY
-    known = &commands[number - FIRST_COMMAND]
     if size < known.minimum:
         return -EINVAL
     if size > known.size:
         err = check_tail(arg + known.size, size - known.size)
         if err:
             return err
-    memset(args, 0, sizeof(args))
-    if user_read(args, arg, min(size, known.size)):
+    if not whole and user_read(args, arg, min(size, known.size)):
         return -EFAULT
+    if size < known.size:
+        memset(<char *> args + size, 0, known.size - size)
     err = known.call(c, args, &respond)
     if respond and (not err or writes_on_error(number, err)) and user_write(arg, args, min(size, known.size)):
         if not err:

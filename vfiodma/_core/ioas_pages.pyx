@@ -146,7 +146,7 @@ cdef void forget_user_charges() noexcept nogil:
 # ---- pieces
 
 cdef int pin_piece(pages_t *pages, uint64_t first, uint64_t last, piece_t **out) noexcept nogil:
-    """Pin pages that nobody holds; a fault is found before a limit is."""
+    """Pin pages that nobody holds."""
     cdef uint64_t address, counted, n = last - first + 1
     cdef pin *memory = NULL
     cdef pinned_t *pinned
@@ -159,16 +159,14 @@ cdef int pin_piece(pages_t *pages, uint64_t first, uint64_t last, piece_t **out)
     if err:
         return err
     # Registers of devices are not counted by pin_memory(), and can't be pinned here.
-    err = -EFAULT if counted != n else charge(pages, n)
-    if err:
+    if counted != n:
         pin_release(memory)
-        return err
+        return -EFAULT
     pinned = <pinned_t *> calloc(1, sizeof(pinned_t))
     piece = <piece_t *> calloc(1, sizeof(piece_t))
     if not pinned or not piece:
         free(pinned)
         free(piece)
-        uncharge(pages, n)
         pin_release(memory)
         return -ENOMEM
     pinned.memory = memory
@@ -202,9 +200,11 @@ cdef int cut(pages_t *pages, uint64_t at) noexcept nogil:
     return 0
 
 
-cdef void remove_unused(pages_t *pages) noexcept nogil:
+cdef uint64_t remove_unused(pages_t *pages) noexcept nogil:
+    """Unpin what nobody holds; return how many pages that was."""
     cdef piece_t **link = &pages.pieces
     cdef piece_t *piece
+    cdef uint64_t n = 0
     while link[0]:
         piece = link[0]
         if piece.users:
@@ -213,16 +213,17 @@ cdef void remove_unused(pages_t *pages) noexcept nogil:
         pthread_rwlock_wrlock(&pages.context.iotlb)
         link[0] = piece.next
         pthread_rwlock_unlock(&pages.context.iotlb)
-        uncharge(pages, piece.last - piece.first + 1)
+        n += piece.last - piece.first + 1
         piece.pinned.users -= 1
         if not piece.pinned.users:
             pin_release(piece.pinned.memory)
             free(piece.pinned)
         free(piece)
+    return n
 
 
-cdef int fill_gaps(pages_t *pages, uint64_t first, uint64_t last) noexcept nogil:
-    """Pin what is not pinned yet of [first, last]; new pieces have no user."""
+cdef int fill_gaps(pages_t *pages, uint64_t first, uint64_t last, uint64_t *n) noexcept nogil:
+    """Pin what is not pinned yet of [first, last], *n pages; new pieces have no user."""
     cdef piece_t **link = &pages.pieces
     cdef piece_t *piece
     cdef uint64_t end
@@ -239,6 +240,7 @@ cdef int fill_gaps(pages_t *pages, uint64_t first, uint64_t last) noexcept nogil
         err = pin_piece(pages, first, end, &piece)
         if err:
             return err
+        n[0] += end - first + 1
         piece.next = link[0]
         pthread_rwlock_wrlock(&pages.context.iotlb)
         link[0] = piece
@@ -252,8 +254,10 @@ cdef int fill_gaps(pages_t *pages, uint64_t first, uint64_t last) noexcept nogil
 cdef int pages_hold(pages_t *pages, uint64_t first, uint64_t last) noexcept nogil:
     """Pin pages [first, last] for one more user."""
     cdef piece_t *piece
-    cdef int err = fill_gaps(pages, first, last)
-    err = err or cut(pages, first) or cut(pages, last + 1)
+    cdef uint64_t n = 0
+    cdef int err = fill_gaps(pages, first, last, &n)
+    # A fault anywhere is found before a limit is.
+    err = err or cut(pages, first) or cut(pages, last + 1) or charge(pages, n)
     if err:
         remove_unused(pages)
         return err
@@ -272,7 +276,7 @@ cdef void pages_drop(pages_t *pages, uint64_t first, uint64_t last) noexcept nog
         if piece.first >= first and piece.last <= last:
             piece.users -= 1
         piece = piece.next
-    remove_unused(pages)
+    uncharge(pages, remove_unused(pages))
 
 
 cdef int pages_access(pages_t *pages, uint64_t offset, void *data, uint64_t size, bint write) noexcept nogil:

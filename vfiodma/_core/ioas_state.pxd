@@ -82,9 +82,11 @@ cdef struct ioas_t:
     reserved_t *reserved                    # ascending by start
     size_t nreserved, reserved_room
     uint64_t alignment
+    uint64_t full_below                     # nothing from the second page up to here is free
     bint small_pages                        # large pages are disabled
     hwpt_t *hwpts
     access_t *accesses
+    uint64_t unmaps                         # that wait for an emulated device, without the lock
 
 cdef struct hwpt_t:
     uint32_t id
@@ -134,6 +136,7 @@ cdef struct context_t:
     bint per_process
     bint no_limit                           # nothing is ever refused or charged
     int64_t memlock_limit
+    uint64_t unmaps                         # the same, of all address spaces
     bint dead
     void *owner                             # the Python object, borrowed: hears of unmaps
 
