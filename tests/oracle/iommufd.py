@@ -146,10 +146,13 @@ class Iommufd:
 
     def hold(self, area, already=0):
         """Pin an area's pages; `already` counts what others that are not in a space yet hold."""
-        new = [n for n in area.numbers() if n not in area.pages.held]
-        if any(not self.arena.can_pin(area.pages.page + n, area.pages.writable) for n in new):
-            return E.EFAULT
-        if self.limit is not None and len(new) + self.charged() + already > self.limit:
+        new = 0
+        for n in area.numbers():
+            if n not in area.pages.held:
+                if not self.arena.can_pin(area.pages.page + n, area.pages.writable):
+                    return E.EFAULT
+                new += 1
+        if self.limit is not None and new + self.charged() + already > self.limit:
             return E.ENOMEM
         for n in area.numbers():
             area.pages.held[n] = area.pages.held.get(n, 0) + 1

@@ -223,7 +223,7 @@ class IoasModel(RuleBasedStateMachine):
         space = self.oracle.compat
         if space and space.areas:
             area = space.areas[pick % len(space.areas)]
-            self.compat_unmap(0, area.iova + start, (area.length - start - end) % TOP)
+            self.compat_unmap(0, (area.iova + start) % TOP, (area.length - start - end) % TOP)
 
     # ---- devices and page tables
 
