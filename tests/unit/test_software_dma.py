@@ -417,7 +417,7 @@ def test_the_edu_device_moves_bytes_both_ways_and_computes():
             write(register, value)
         assert memory.map[PAGE:PAGE + 5] == b"hello"
         assert int.from_bytes(edu.region_read(0, 0x24, 4), "little") == 0x100
-        write(0x08, 5)
+        edu.region_write(0, 0x08, (5).to_bytes(4, "little"))
         assert int.from_bytes(edu.region_read(0, 0x08, 4), "little") == 120
         assert edu.region_read(0, 0, 4) == (0x010000ED).to_bytes(4, "little")
 

@@ -127,20 +127,21 @@ def test_a_plain_device_answers_as_vfio_pci():
     info = (ctypes.c_uint32 * 6)(24)
     vfio.ioctl(device, abi.VFIO_DEVICE_GET_INFO, ctypes.addressof(info))
     assert list(info) == [24, 3, 9, 5, 0, 0]
-    region = ctypes.create_string_buffer(struct.pack("III", 32, 0, 7).ljust(32, b"\xaa"), 32)
+    region = ctypes.create_string_buffer(struct.pack("IIII", 32, 0, 7, 77).ljust(32, b"\xaa"), 32)
     vfio.ioctl(device, abi.VFIO_DEVICE_GET_REGION_INFO, ctypes.addressof(region))
-    assert struct.unpack("IIIIQQ", region.raw) == (32, 3, 7, 0, 256, 7 << 40)
+    assert struct.unpack("IIIIQQ", region.raw) == (32, 3, 7, 77, 256, 7 << 40)      # cap_offset is left alone
     for index in (8, 9, 2**32 - 1):
         region.raw = struct.pack("III", 32, 0, index).ljust(32, b"\0")
         assert failure(vfio.ioctl, device, abi.VFIO_DEVICE_GET_REGION_INFO, ctypes.addressof(region)) == errno.EINVAL
     assert vfio.pwrite(device, b"\x06\x00", (7 << 40) + 4) == 2
     assert vfio.pread(second, 2, (7 << 40) + 4) == b"\x06\x00"
-    assert vfio.pread(device, 1000, (7 << 40) + 200) == bytes(56)
+    assert vfio.pread(device, 56, (7 << 40) + 200) == bytes(56)
+    assert failure(vfio.pread, device, 57, (7 << 40) + 200) == errno.EFAULT
     assert failure(vfio.pread, device, 1, 0) == errno.EINVAL
     assert failure(vfio.pread, container, 1, 0) == errno.EINVAL
     assert vfio.ioctl(device, abi.VFIO_DEVICE_RESET) == 0
-    assert vfio.pread(device, 2, (7 << 40) + 4) == b"\0\0"
-    assert failure(vfio.ioctl, device, abi.VFIO_DEVICE_FEATURE, 0) == errno.ENOTTY
+    assert vfio.pread(device, 2, (7 << 40) + 4) == b"\x06\0"       # the configuration survives a reset
+    assert failure(vfio.ioctl, device, abi.VFIO_DEVICE_FEATURE, 0) == errno.EFAULT
     vfio.close(device)
     assert failure(vfio.ioctl, group, abi.VFIO_GROUP_UNSET_CONTAINER) == errno.EBUSY
     vfio.close(second)

@@ -9,7 +9,7 @@ from ..._core.memory import read_memory, write_memory
 from ..._core.type1 import VERSIONS, IommuGroup, Type1, extension
 from ...errors import VfioError
 from ...uapi import vfio as abi
-from .device import device_ioctl, device_pread, device_pwrite
+from .device import DeviceState, device_ioctl, device_mmap, device_pread, device_pwrite
 
 _PAGE = 4096
 
@@ -116,6 +116,7 @@ class Group:
         self.fd_open = False
         self.open_devices = {}          # address -> number of descriptors
         self.ports = {}
+        self.states = {}                # address -> DeviceState of an open device
         self.paths = {}
         self.cdevs = {}                 # address -> the CdevFile that has the device bound
         self.renew_iommu()
@@ -207,6 +208,7 @@ class Group:
         port = DmaPort(path, device.address)
         try:
             device.connect(port)
+            self.states[device.address] = DeviceState(self, device, port)
         except BaseException:
             port.disconnect()
             self.container.disconnect(self, device, path)
@@ -220,6 +222,7 @@ class Group:
             return
         del self.open_devices[device.address]
         try:
+            self.states.pop(device.address).close()
             device.disconnect()
         finally:
             self.ports.pop(device.address).disconnect()
@@ -237,18 +240,27 @@ class Group:
 class DeviceFile:
     """One descriptor of a device."""
 
+    iommufd: Any = None                 # what a node is bound to
+
     def __init__(self, group, device):
         self.group = group
         self.device = device
 
+    @property
+    def state(self):
+        return self.group.states[self.device.address]
+
     def ioctl(self, request, arg):
-        return device_ioctl(self.device, request, arg)
+        return device_ioctl(self, request, arg)
 
     def pread(self, size, offset):
-        return device_pread(self.device, size, offset)
+        return device_pread(self, size, offset)
 
     def pwrite(self, data, offset):
-        return device_pwrite(self.device, data, offset)
+        return device_pwrite(self, data, offset)
+
+    def mmap(self, size, offset, prot):
+        return device_mmap(self, size, offset, prot)
 
     def closed(self):
         self.group.close_device(self.device)

@@ -11,6 +11,7 @@ from ..._core.memory import read_memory, write_memory
 from ..._core.type1 import VERSIONS
 from ...uapi import iommufd as abi
 from ...uapi import vfio
+from .device import DeviceState
 from .files import DeviceFile
 
 # Capability registers of an emulated VT-d unit, and the bits of what it may lack.
@@ -178,6 +179,10 @@ class CdevFile(DeviceFile):
         self.needs_iommufd("pwrite")
         return super().pwrite(data, offset)
 
+    def mmap(self, size, offset, prot):
+        self.needs_iommufd("mmap")
+        return super().mmap(size, offset, prot)
+
     @property
     def _has_7_2(self):
         return VERSIONS[self.group.vfio.kernel] >= VERSIONS["7.2"]
@@ -222,8 +227,12 @@ class CdevFile(DeviceFile):
         port = DmaPort(path, self.device.address)
         try:
             self.device.connect(port)
+            group.states[self.device.address] = DeviceState(group, self.device, port)
             write_memory(arg + 12, struct.pack("=I", path.id))
         except BaseException:
+            state = group.states.pop(self.device.address, None)
+            if state is not None:
+                state.close()
             port.disconnect()
             path.unbind()
             raise
@@ -263,6 +272,7 @@ class CdevFile(DeviceFile):
         del self.group.cdevs[self.device.address]
         del self.group.ports[self.device.address]
         try:
+            self.group.states.pop(self.device.address).close()
             self.device.disconnect()
         finally:
             self.port.disconnect()

@@ -177,6 +177,33 @@ class SoftwareVfio:
             raise error(errno.EINVAL, "pwrite", hint="only a device can be written")
         return file.pwrite(bytes(data), offset)
 
+    def mmap(self, fd, size, offset, prot=3):
+        """Map a device's registers; return a view of the device's own memory, readonly without PROT_WRITE.
+
+        Raises
+        ------
+        VfioError
+            EINVAL: the region can't be mapped, or not there; ENODEV: no device.
+        """
+        file = self._file(fd, "mmap")
+        if not hasattr(file, "mmap"):
+            raise error(errno.ENODEV, "mmap", hint="only a device can be mapped")
+        return file.mmap(size, offset, prot)
+
+    def read(self, fd, size):
+        """Read migration data; b"" at the end, ENOMSG when a running device has no more for now."""
+        file = self._file(fd, "read")
+        if not hasattr(file, "read"):
+            raise error(errno.EINVAL, "read", hint="only migration data is read without an offset")
+        return file.read(size)
+
+    def write(self, fd, data):
+        """Write to a descriptor of migration data; return the bytes taken."""
+        file = self._file(fd, "write")
+        if not hasattr(file, "write"):
+            raise error(errno.EINVAL, "write", hint="only migration data is written without an offset")
+        return file.write(bytes(data))
+
     def dup(self, fd):
         """Return a further descriptor of the same open file."""
         with self._lock:
