@@ -7,12 +7,12 @@ import struct
 from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from ipc_lock import set_ipc_lock
 from oracle.iommufd import FULL, PAGE, TOP, Arena, Device, Iommufd, Space, Table, Unit
 
 from vfiodma import SoftwareGroup, SoftwareVfio
 
 libc = ctypes.CDLL(None, use_errno=True)
-CAP_IPC_LOCK = 14
 
 
 class Memory:
@@ -38,17 +38,6 @@ GROUPS = [
     (["0000:00:13.0"], Unit((0, FULL), 512, [], False),
      {"aperture": (0, FULL), "reserved": [], "pgsizes": 512, "dirty_tracking": False}),
 ]
-
-
-def set_ipc_lock(on):
-    """Give this thread's CAP_IPC_LOCK up, or take it back; return whether it was there."""
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    data = (ctypes.c_uint32 * 6)()
-    libc.capget(header, data)
-    before = data[0] >> CAP_IPC_LOCK & 1
-    data[0] = data[0] | 1 << CAP_IPC_LOCK if on else data[0] & ~(1 << CAP_IPC_LOCK)
-    libc.capset(header, data)
-    return bool(before)
 
 
 #: Which of the ids of a kind: the n-th, modulo; from 20 on any number.

@@ -4,8 +4,10 @@ import errno
 import mmap
 import os
 import struct
+import threading
 
 import pytest
+from ipc_lock import without_ipc_lock
 
 from vfiodma import SoftwareGroup, SoftwareVfio, VfioError
 from vfiodma.errors import ForkedError
@@ -219,23 +221,36 @@ def test_a_forked_child_can_do_nothing_with_it(door, memory):
 
 # ---- memory
 
-def test_copies_share_pages_and_are_charged_once(door, memory):
-    limited = Door(memlock_limit=4 * PAGE)
-    first, second = limited.alloc(), limited.alloc()
-    node, _ = limited.bind()
-    limited.attach(node, first)
-    if limited_by_capability():
-        pytest.skip("CAP_IPC_LOCK: nothing is charged")
-    limited.map(first, 0x10000, memory[1], 4 * PAGE)
-    limited.call(COPY, "IIIIQQQ", 40, 7, first, first, 4 * PAGE, 0x20000, 0x10000)
-    refused(errno.ENOMEM, limited.map, first, 0x30000, memory[1], PAGE)
-    limited.call(COPY, "IIIIQQQ", 40, 6, second, first, PAGE, 0, 0x11000)
-    assert limited.unmap(first, 0, (1 << 64) - 1) == 8 * PAGE
+def test_copies_share_pages_and_are_charged_once(memory):
+    with without_ipc_lock():
+        door = Door(memlock_limit=4 * PAGE)
+        first, second = door.alloc(), door.alloc()
+        node, _ = door.bind()
+        door.attach(node, first)
+        door.map(first, 0x10000, memory[1], 4 * PAGE)
+        before = door.vfio.locked_pages()
+        door.call(COPY, "IIIIQQQ", 40, 7, first, first, 4 * PAGE, 0x20000, 0x10000)
+        refused(errno.ENOMEM, door.map, first, 0x30000, memory[1], PAGE)
+        door.call(COPY, "IIIIQQQ", 40, 6, second, first, PAGE, 0, 0x11000)
+        assert door.unmap(first, 0, (1 << 64) - 1) == 8 * PAGE
+        assert door.vfio.locked_pages() == before           # the user is charged, not the process
+        door.map(first, 0x30000, memory[1], 4 * PAGE)
 
 
-def limited_by_capability():
-    with open("/proc/self/status") as stream:
-        return int(stream.read().split("CapEff:")[1].split()[0], 16) >> 14 & 1
+def test_the_container_of_iommufd_charges_the_process(memory):
+    with without_ipc_lock():
+        vfio = SoftwareVfio(vfio_container="iommufd", memlock_limit="process")
+        before = vfio.locked_pages()
+        fd, group = vfio.open("/dev/vfio/vfio"), vfio.open("/dev/vfio/0")
+        number, name = ctypes.c_int(fd), ctypes.create_string_buffer(DEVICE.encode())
+        vfio.ioctl(group, SET_CONTAINER, ctypes.addressof(number))
+        device = vfio.ioctl(group, GET_DEVICE_FD, ctypes.addressof(name))
+        args = ctypes.create_string_buffer(struct.pack("=IIQQQ", 32, 3, memory[1], 0x10000, 2 * PAGE))
+        vfio.ioctl(fd, MAP_DMA, ctypes.addressof(args))
+        assert vfio.locked_pages() == before + 2
+        for descriptor in (fd, group, device):
+            vfio.close(descriptor)
+        assert vfio.locked_pages() == before
 
 
 def test_a_copy_outlives_its_source(door, memory):
@@ -404,3 +419,70 @@ def test_fault_queues_are_empty(door):
     door.vfio.close(fd)
     door.call(DESTROY, "II", 8, number)
     refused(errno.EOPNOTSUPP, door.call, FAULT_QUEUE, "IIII", 16, 1, 0, 0)
+
+
+# ---- threads
+
+def test_no_write_is_lost_between_reports_while_maps_come_and_go(memory):
+    door = Door()
+    ioas = door.alloc()
+    node, device = door.bind()
+    table = door.call(HWPT_ALLOC, "12I", 48, 2, device, ioas, *[0] * 8)[4]
+    door.attach(node, table)
+    door.map(ioas, 0x10000, memory[1], 16 * PAGE)
+    door.call(SET_DIRTY, "IIII", 16, 1, table, 0)
+    port, done, failures = port_of(door), threading.Event(), []
+    written = [0] * 16
+
+    def write(pages):
+        for i in range(400):
+            for page in pages:
+                port.write(0x10000 + page * PAGE, struct.pack("=I", i + 1))
+                written[page] += 1
+
+    def churn():
+        while not done.is_set():
+            try:
+                door.map(ioas, 0x100000, memory[1], PAGE)
+                door.unmap(ioas, 0x100000, PAGE)
+            except OSError as failure:
+                failures.append(failure)
+                return
+
+    threads = [threading.Thread(target=write, args=(range(first, 16, 2),)) for first in (0, 1)]
+    churner = threading.Thread(target=churn)
+    for thread in (*threads, churner):
+        thread.start()
+    bits, seen = ctypes.c_uint64(), 0
+    while True:
+        last = not any(thread.is_alive() for thread in threads)
+        # Bits of pages that are reported stand for contents that are there: each page's last write is seen in the end.
+        bits.value = 0
+        door.call(GET_DIRTY, "IIIIQQQQ", 48, table, 0, 0, 0x10000, 16 * PAGE, PAGE, ctypes.addressof(bits))
+        seen |= bits.value
+        if last:
+            break
+    done.set()
+    churner.join()
+    assert not failures and seen == 0xFFFF and written == [400] * 16
+    bits.value = 0
+    door.call(GET_DIRTY, "IIIIQQQQ", 48, table, 0, 0, 0x10000, 16 * PAGE, PAGE, ctypes.addressof(bits))
+    assert bits.value == 0
+
+
+def test_an_iommufd_closed_while_an_unmap_waits_for_a_device_is_freed_later(memory):
+    class Closes(Mediated):
+        def dma_unmap(self, iova, size):
+            door.vfio.close(node)
+            refused(errno.EBUSY, door.call, DESTROY, "II", 8, ioas)
+            door.vfio.close(door.fd)
+
+    device = Closes()
+    door = Door(groups=[SoftwareGroup(0, [device], emulated=True)])
+    ioas = door.alloc()
+    node, _ = door.bind("mdev")
+    door.attach(node, ioas)
+    door.map(ioas, 0x10000, memory[1], PAGE)
+    device.pin(0x10000, 1, 3)
+    assert door.unmap(ioas, 0x10000, PAGE) == PAGE
+    assert not door.vfio._files
