@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run the tests of tests/lab/guest inside kernels: boots each, brings the results back, tells the outcome of all.
 
-    run_guests.py [--short] [--prepare] [--cache DIR] [KERNEL ...] [-- PYTEST ARGUMENTS]
+    run_guests.py [--short] [--prepare] [--cache DIR] [--accel kvm] [KERNEL ...] [-- PYTEST ARGUMENTS]
 
 KERNEL is a name that kernel-lab takes, with kernel arguments after a "+": 6.12-iommufd+intel_iommu=off.  Without one:
 those of KERNELS that are in the cache, 6.12 if none is; with LAB=full all of them, built first where needed.
@@ -61,6 +61,22 @@ def outcome(status, found):
     return True, text
 
 
+def call(command):
+    """Return the exit status of a program that ends with this one, and is waited for when a signal comes."""
+    with subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command]) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+
+
+def lab_command(kernel, options):
+    return [HERE / "kernel-lab", "--kernel", kernel, f"--cache={options.cache}",
+            *(["--install"] if options.install else [])]
+
+
 def run_tests(name, options):
     """Run the tests on one kernel; return (whether all is well, what to tell)."""
     kernel, *append = name.split("+")
@@ -69,17 +85,14 @@ def run_tests(name, options):
     out.mkdir(parents=True)
     pytest = [sys.executable, "-m", "pytest", "tests/lab/guest", "-q", "-p", "no:cacheprovider",
               f"--junitxml={out}/junit.xml", *(["-m", "short"] if options.short else []), *options.pytest]
-    status = subprocess.run([
-        HERE / "kernel-lab", "--kernel", kernel, *[f"--append={argument}" for argument in append],
-        f"--cache={options.cache}", f"--out={out}", f"--log={out}/console.log", f"--timeout={options.timeout}",
-        "--env=PYTHONDONTWRITEBYTECODE=1", *(["--install"] if options.install else []), "--", *pytest]).returncode
+    status = call([*lab_command(kernel, options), *[f"--append={argument}" for argument in append], f"--out={out}",
+                   f"--log={out}/console.log", f"--timeout={options.timeout}", f"--accel={options.accel}",
+                   "--env=PYTHONDONTWRITEBYTECODE=1", "--", *pytest])
     return outcome(status, counts(out / "junit.xml"))
 
 
 def prepare(name, options):
-    command = [HERE / "kernel-lab", "--prepare", "--kernel", name.split("+")[0], f"--cache={options.cache}",
-               *(["--install"] if options.install else [])]
-    ready = subprocess.run(command).returncode == 0
+    ready = call([*lab_command(name.split("+")[0], options), "--prepare"]) == 0
     return ready, "ready" if ready else "not prepared"
 
 
@@ -118,6 +131,7 @@ def parse_arguments(arguments, lab):
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--prepare", action="store_true", help="only fetch or build the kernels")
     parser.add_argument("--cache", type=pathlib.Path, default=cli.DEFAULT_CACHE)
+    parser.add_argument("--accel", choices=("tcg", "kvm"), default="tcg")
     parser.add_argument("--timeout", type=int, help="seconds for one kernel (default 1200, with --short 300)")
     parser.add_argument("kernels", nargs="*", metavar="KERNEL")
     cut = arguments.index("--") if "--" in arguments else len(arguments)
@@ -145,7 +159,11 @@ def main(arguments, lab):
     for name in names:
         say(f"kernel lab: {'preparing ' if options.prepare else 'tests on '}{name}")
         start = time.monotonic()
-        well, text = (prepare if options.prepare else run_tests)(name, options)
+        try:
+            well, text = (prepare if options.prepare else run_tests)(name, options)
+        except KeyboardInterrupt:
+            say("\n".join(["kernel lab:", *lines, f"FAIL  {name:<30}stopped"]))
+            return 130
         failures += not well
         lines.append(f"{'ok  ' if well else 'FAIL'}  {name:<30}{text}, {time.monotonic() - start:.0f} s")
     lines += [f"skip  {name:<30}not in the cache: `make lab-prepare LAB=full` makes it" for name in left_out]
@@ -156,7 +174,4 @@ def main(arguments, lab):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:], os.environ.get("LAB", "")))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main(sys.argv[1:], os.environ.get("LAB", "")))

@@ -1,5 +1,9 @@
 """The runner of the guest tests: which kernels, and what counts as a success."""
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import run_guests as run
@@ -68,8 +72,27 @@ def test_a_failure_does_not_hide_the_kernels_after_it(tmp_path, fake_lab, capfd)
     assert "FAIL  7.2 " in out and "5 ran, 1 failed" in out
     assert "ok    6.12-iommufd+intel_iommu=off" in out
     last = calls.read_text().splitlines()[2]
-    assert "--kernel 6.12-iommufd --append=intel_iommu=off " in last and last.endswith("-k some")
+    assert "--kernel 6.12-iommufd " in last and " --append=intel_iommu=off " in last and last.endswith("-k some")
     assert "--install" not in last
+
+
+def test_an_interrupt_stops_the_guest_and_the_loop(tmp_path, fake_lab):
+    calls = fake_lab(f'case "$*" in *"--kernel 6.1 "*) {results()}; exit;; esac\n'
+                     f"trap 'kill $!; echo cleaned up >{tmp_path}/end; exit 143' TERM\n"
+                     f"sleep 60 >/dev/null & : >{tmp_path}/started; wait")
+    script = ("import pathlib, sys; sys.path[:0] = sys.argv[1:2]; import run_guests as run; "
+              "run.HERE = pathlib.Path(sys.argv[2]); sys.exit(run.main(sys.argv[3:], ''))")
+    process = subprocess.Popen([sys.executable, "-c", script, pathlib.Path(run.__file__).parent, run.HERE, "--cache",
+                                tmp_path, "6.1", "6.12", "7.2"], stdout=subprocess.PIPE, text=True)
+    with process:
+        while not (tmp_path / "started").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and (tmp_path / "end").read_text() == "cleaned up\n"
+    assert "ok    6.1 " in out and "FAIL  6.12                          stopped" in out
+    assert len(calls.read_text().splitlines()) == 2
 
 
 def test_old_results_do_not_count(tmp_path, fake_lab):
@@ -107,8 +130,8 @@ def test_preparing_only_prepares(tmp_path, fake_lab):
     calls = fake_lab("true")
     assert run.main(["--cache", str(tmp_path), "--prepare"], "") == 0
     lines = calls.read_text().splitlines()
-    assert [line.split()[2] for line in lines] == ["6.1", "6.12", "7.2"]
-    assert all(line.startswith("--prepare") and "--install" in line for line in lines)
+    assert [line.split()[1] for line in lines] == ["6.1", "6.12", "7.2"]
+    assert all(line.endswith("--install --prepare") for line in lines)
     fake_lab("exit 125")
     assert run.main(["--cache", str(tmp_path), "--prepare", "6.1"], "") == 1
 

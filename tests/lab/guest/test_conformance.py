@@ -11,6 +11,7 @@ from conformance import runner
 RELEASE = re.match(r"\d+\.\d+", os.environ.get("KERNEL_LAB", "0.0"))[0]
 IOMMU = "intel_iommu=off" not in pathlib.Path("/proc/cmdline").read_text()
 TYPE1, EMULATED, IOMMUFD = (runner.load(name) for name in ("type1", "emulated", "iommufd"))
+needs_iommufd = pytest.mark.skipif(not os.path.exists("/dev/iommu"), reason="this kernel has no iommufd")
 
 
 @pytest.fixture(autouse=True)
@@ -22,23 +23,22 @@ def unlimited_hard_memlock():
     resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
 
 
+@pytest.fixture
+def mediated():
+    """A sample mediated device, gone afterwards: others make the same."""
+    if subprocess.run(["modprobe", "-q", "mtty"]).returncode:
+        pytest.skip("this kernel has no sample mediated devices")
+    path = runner.mediated_device()
+    yield
+    pathlib.Path(path, "remove").write_text("1")
+
+
 def part(row):
     return row["name"].split("/")[0]
 
 
 def parts(rows):
     return list(dict.fromkeys(map(part, rows)))
-
-
-def needs(set_name):
-    """Skip where the kernel has not what a set drives."""
-    if set_name == "iommufd":
-        if not os.path.exists("/dev/iommu"):
-            pytest.skip("this kernel has no iommufd")
-    elif not IOMMU:
-        pytest.skip("booted without an IOMMU")
-    if set_name == "emulated" and subprocess.run(["modprobe", "-q", "mtty"]).returncode:
-        pytest.skip("this kernel has no sample mediated devices")
 
 
 def possible(row):
@@ -61,27 +61,27 @@ def check(rows):
 
 
 @pytest.mark.short
-@pytest.mark.parametrize(("set_name", "rows"), [("type1", TYPE1), ("iommufd", IOMMUFD)], ids=["type1", "iommufd"])
-def test_a_sample(set_name, rows):
+@pytest.mark.parametrize("rows", [pytest.param(TYPE1, id="type1"),
+                                  pytest.param(IOMMUFD, id="iommufd", marks=needs_iommufd)])
+def test_a_sample(rows):
     """The first scenario of every part, and every thirtieth."""
-    needs(set_name)
     firsts = {part(row): row for row in reversed(rows)}
     check([row for index, row in enumerate(rows) if index % 30 == 0 or firsts[part(row)] is row])
 
 
 @pytest.mark.parametrize("name", parts(TYPE1))
 def test_type1(name):
-    needs("type1")
     check([row for row in TYPE1 if part(row) == name])
 
 
 @pytest.mark.parametrize("name", parts(EMULATED))
+@pytest.mark.usefixtures("mediated")
 def test_emulated(name):
-    needs("emulated")
     check([row for row in EMULATED if part(row) == name])
 
 
+@needs_iommufd
+@pytest.mark.mock
 @pytest.mark.parametrize("name", parts(IOMMUFD))
 def test_iommufd(name):
-    needs("iommufd")
     check([row for row in IOMMUFD if part(row) == name])

@@ -84,8 +84,14 @@ def use(cache, name, refresh=False, install=False):
         if refresh or not folder.exists():
             make(cache, name, refresh, install)
             refresh = False
-        with locked(folder, fcntl.LOCK_SH, f"waiting until kernel {name} is replaced") as fd:
-            if os.path.exists(folder) and os.path.samestat(os.fstat(fd), os.stat(folder)):
+        with contextlib.ExitStack() as stack:
+            try:
+                fd = stack.enter_context(
+                    locked(folder, fcntl.LOCK_SH, f"waiting until kernel {name} is replaced"))
+                current = os.path.samestat(os.fstat(fd), os.stat(folder))
+            except FileNotFoundError:                   # being replaced just now
+                continue
+            if current:
                 yield Kernel(name, folder)
                 return
 
