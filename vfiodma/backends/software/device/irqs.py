@@ -74,8 +74,8 @@ class Irqs:
     A device raises them with ``trigger`` and ``lower`` from any thread, holding any lock of its own.
     """
 
-    def __init__(self, device: Any, watch: Watch, *, dynamic_msix: bool, strict: bool) -> None:
-        self._strict = strict               # ERR and REQ: descriptors below -1 are refused, not ignored
+    def __init__(self, device: Any, watch: Watch, *, dynamic_msix: bool, sparse: bool) -> None:
+        self._sparse = sparse               # from 6.4 on: vectors that are not enabled are passed by, not refused
         self.dynamic_msix = dynamic_msix
         self._device = device
         self._watch = watch
@@ -219,11 +219,11 @@ class Irqs:
             assert values is not None
             self._set_vectors(index, start, values)
             return
-        if self._kind != index or start + count > len(self._vectors):
+        if self._kind != index or (start + count > len(self._vectors) and not self._sparse):
             raise _invalid("not enabled, or fewer vectors are")
-        for i in range(count):
+        for i, eventfd in enumerate(self._vectors[start:start + count]):
             if values is None or values[i]:
-                self._signal(self._vectors[start + i])
+                self._signal(eventfd)
 
     def _set_vectors(self, index: int, start: int, values: tuple[int, ...]) -> None:
         fresh = self._kind is None
@@ -231,23 +231,29 @@ class Irqs:
             if start + len(values) == 0:
                 raise error(errno.ERANGE, "device_set_irqs", hint="no vectors to enable")
             self._kind, self._vectors = index, [None] * (start + len(values))
-        elif start + len(values) > len(self._vectors):
-            if index != _MSIX or not self.dynamic_msix:
-                raise _invalid(f"{len(self._vectors)} vectors are enabled")
-            self._vectors += [None] * (start + len(values) - len(self._vectors))
-        elif start >= len(self._vectors):
-            raise _invalid(f"{len(self._vectors)} vectors are enabled")
+        vector = start
         try:
-            for i, fd in enumerate(values):
-                self._replace(start + i, None)
-                if fd >= 0:
-                    self._replace(start + i, Eventfd(fd, "device_set_irqs"))
+            if not self._sparse and (start >= len(self._vectors) or start + len(values) > len(self._vectors)):
+                raise _invalid(f"{len(self._vectors)} vectors are enabled")
+            for vector, fd in enumerate(values, start):
+                self._set_vector(index, vector, fd)
         except OSError:
-            for j in range(start, start + i):
-                self._replace(j, None)
+            for other in range(start, min(vector, len(self._vectors))):
+                self._replace(other, None)
             if fresh:
                 self._disable()
             raise
+
+    def _set_vector(self, index: int, vector: int, fd: int) -> None:
+        if vector < len(self._vectors):
+            self._replace(vector, None)
+        if fd < 0:
+            return
+        if vector >= len(self._vectors):
+            if index != _MSIX or not self.dynamic_msix:
+                raise _invalid(f"{len(self._vectors)} vectors are enabled")
+            self._vectors += [None] * (vector + 1 - len(self._vectors))
+        self._replace(vector, Eventfd(fd, "device_set_irqs"))
 
     # ---- ERR and REQ
 
@@ -271,7 +277,7 @@ class Irqs:
                 self._signal(old)
             return
         if values[0] < -1:
-            if self._strict:
+            if self._sparse:
                 raise _invalid("-1 takes the eventfd away")
             return
         self._single[index] = Eventfd(values[0], "device_set_irqs") if values[0] >= 0 else None

@@ -38,7 +38,7 @@ class DeviceState:
         self.msix_table: tuple[int, int, int] | None = getattr(device, "msix_table", None)
         self.can_reset = getattr(device, "can_reset", True)
         self.irqs = Irqs(device, self.watch, dynamic_msix=self.msix_table is not None and self.at_least("6.12"),
-                         strict=self.at_least("6.12"))
+                         sparse=self.at_least("6.12"))
         self.ioeventfds = IoEventfds(self)
         self.migration: Migration | None = Migration(self, optional.migration) if hasattr(device, "migration") \
             and optional.migration is not None and self.at_least("6.1") else None
