@@ -44,6 +44,8 @@ class Memory:
     def unmap(self):
         libc = ctypes.CDLL(None)
         assert libc.munmap(ctypes.c_void_p(self.vaddr), ctypes.c_size_t(self.size)) == 0
+        # The object must never end: it would unmap what is at these addresses by then.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.map))
 
 
 @pytest.fixture
