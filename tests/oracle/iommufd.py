@@ -259,10 +259,10 @@ class Iommufd:
         return self.map_user(space, address, length, iova, flags & 6, flags & 1) if space else (E.ENOENT, None)
 
     def map_user(self, space, address, length, iova, prot, fixed):
-        if address + length >= TOP:
-            return E.EOVERFLOW, None
-        if not 0 < length <= FULL - PAGE:
-            return E.EINVAL, None
+        checks = [(address + length >= TOP, E.EOVERFLOW), (not 0 < length <= FULL - PAGE, E.EINVAL)]
+        for wrong, err in checks if self.newest else reversed(checks):
+            if wrong:
+                return err, None
         pages = Pages(address // PAGE, bool(prot & 2))
         return self.place(space, [(pages, address % PAGE, length)], length, iova, prot, fixed)
 

@@ -14,7 +14,7 @@ from .ioas_state cimport (
     area_after, area_at, area_from, area_t, context_t, hwpt_t, ioas_t, lowest_bit, pages_t, reserved_t,
 )
 from .state cimport (
-    PS, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rangemap_count,
+    PS, V7_2, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rangemap_count,
     rangemap_entry, rangemap_find, rangemap_free, rangemap_insert, rangemap_lower, rangemap_new, rangemap_overlaps,
     rangemap_remove,
 )
@@ -374,9 +374,11 @@ cdef int place_new(ioas_t *ioas, pages_t *pages, uint64_t offset, uint64_t lengt
 cdef int map_user(ioas_t *ioas, uint64_t vaddr, uint64_t length, uint64_t *iova, uint32_t prot, bint fixed) noexcept nogil:
     """Map memory of this process."""
     cdef pages_t *pages
-    if vaddr + length < vaddr:
+    cdef bint bad_length = length == 0 or length > UINT64_MAX - PS
+    # Which of the two is looked at first has changed with the mapping of files.
+    if vaddr + length < vaddr and not (bad_length and ioas.context.version < V7_2):
         return -EOVERFLOW
-    if length == 0 or length > UINT64_MAX - PS:
+    if bad_length:
         return -EINVAL
     pages = pages_of_user(ioas.context, vaddr - vaddr % PS, (vaddr % PS + length - 1) // PS + 1, prot & WRITEABLE != 0)
     if not pages:
