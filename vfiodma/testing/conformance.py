@@ -1,0 +1,49 @@
+"""The tests that every backend must pass."""
+from .checks.address_space import AddressSpaceChecks
+from .checks.concurrency import ConcurrencyChecks
+from .checks.dirty import DirtyChecks
+from .checks.dma import DmaChecks
+from .checks.lifecycle import LifecycleChecks
+from .checks.limits import LimitChecks
+from .checks.lists import ListChecks
+from .checks.mapping import MappingChecks
+from .checks.model import ModelChecks
+from .checks.refusals import RefusalChecks
+from .checks.vaddr import VaddrChecks
+
+
+class BackendConformance(LifecycleChecks, MappingChecks, RefusalChecks, LimitChecks, ListChecks, VaddrChecks,
+                         DirtyChecks, DmaChecks, ConcurrencyChecks, ModelChecks, AddressSpaceChecks):
+    """Tests of a backend, for pytest: derive a class named Test... and say how a backend is opened.
+
+    What a backend can't do (``capabilities().features``) is skipped, and the reason told.  The class attributes say what
+    no capability tells; their values here are those of most backends.
+
+    Attributes
+    ----------
+    edu : str or None
+        Address of an `edu` device that ``open_device_fd`` of the backend opens.  None: DMA is done by the feature "dma",
+        or not tested.
+    pins_memory : bool
+        Memory that is not there is refused when it is mapped.
+    charges_locked_memory : bool
+        Mapped memory counts against RLIMIT_MEMLOCK, unless the process has CAP_IPC_LOCK.
+    exact_dirty : bool
+        Dirty bits tell what was written and no more.
+    atomic_unmap : bool
+        An unmap that is refused, because it would split a mapping, removes nothing.  False: those before it are gone, as
+        with the container that iommufd emulates.
+
+    Notes
+    -----
+    Each test opens backends of its own, some several one after the other, and closes them.  A test that draws random
+    numbers prints its seed; the environment variable VFIODMA_SEED repeats it.
+
+    Examples
+    --------
+    >>> from vfiodma import SoftwareVfio
+    >>> from vfiodma.testing import BackendConformance
+    >>> class TestSoftware(BackendConformance):
+    ...     def open_backend(self):
+    ...         return SoftwareVfio(kernel="6.12").container()
+    """
