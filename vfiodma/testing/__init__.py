@@ -15,7 +15,7 @@ _HOME = {
 }
 __all__ = list(_HOME)
 
-if "pytest" in sys.modules:
+if sys.modules.get("pytest"):
     # Before they are imported: their assertions then show values, as those of test files do.
     sys.modules["pytest"].register_assert_rewrite(f"{__name__}.checks", f"{__name__}.rig")
 

@@ -16,28 +16,28 @@ class BackendConformance(LifecycleChecks, MappingChecks, RefusalChecks, LimitChe
                          DirtyChecks, DmaChecks, ConcurrencyChecks, ModelChecks, AddressSpaceChecks):
     """Tests of a backend, for pytest: derive a class named Test... and say how a backend is opened.
 
-    What a backend can't do (``capabilities().features``) is skipped, and the reason told.  The class attributes say what
-    no capability tells; their values here are those of most backends.
+    What a backend can't do (``capabilities().features``) is skipped, with the reason.  The class attributes say what no
+    capability tells.
 
     Attributes
     ----------
     edu : str or None
-        Address of an `edu` device that ``open_device_fd`` of the backend opens.  None: DMA is done by the feature "dma",
-        or not tested.
+        Address of an `edu` device that ``open_device_fd`` of the backend opens, for DMA.  None: DMA is done by the
+        feature "dma", or not tested.
     pins_memory : bool
-        Memory that is not there is refused when it is mapped.
+        Memory that is not there is refused when it is mapped.  Default True.
     charges_locked_memory : bool
-        Mapped memory counts against RLIMIT_MEMLOCK, unless the process has CAP_IPC_LOCK.
+        Mapped memory counts against RLIMIT_MEMLOCK, unless the process has CAP_IPC_LOCK.  Default False.
     exact_dirty : bool
-        Dirty bits tell what was written and no more.
+        Dirty bits tell what was written and no more.  Default False.
     atomic_unmap : bool
-        An unmap that is refused, because it would split a mapping, removes nothing.  False: those before it are gone, as
-        with the container that iommufd emulates.
+        An unmap that is refused, because it would split a mapping, removes nothing.  False: those before it are gone,
+        as with the container that iommufd emulates.  Default True.
 
     Notes
     -----
-    Each test opens backends of its own, some several one after the other, and closes them.  A test that draws random
-    numbers prints its seed; the environment variable VFIODMA_SEED repeats it.
+    Each test opens backends of its own, some several one after the other, and closes them.  The random run is the same
+    one every time; the environment variable VFIODMA_SEED takes another number, or "random", which is printed.
 
     Examples
     --------

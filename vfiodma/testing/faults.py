@@ -42,15 +42,16 @@ class FailingBackend:
 
     Examples
     --------
-    >>> from vfiodma import IoAddressSpace, SoftwareVfio
+    >>> from vfiodma import GuestMemory, IoAddressSpace, SoftwareVfio
     >>> from vfiodma.testing import FailingBackend
-    >>> backend = FailingBackend(SoftwareVfio().container(), fail_at=1, errno=28)
-    >>> with IoAddressSpace(backend, close_backend=True) as ioas:
-    ...     try:
-    ...         ioas.map(bytearray(4096 * 2), size=4096, offset=0)
-    ...     except OSError as exc:
-    ...         print(exc.errno in (22, 28), ioas.mappings())
-    True []
+    >>> with GuestMemory.memfd(4096) as memory, SoftwareVfio().container() as container:
+    ...     backend = FailingBackend(container, fail_at=1)
+    ...     with IoAddressSpace(backend) as ioas:
+    ...         try:
+    ...             ioas.map(memory)
+    ...         except MemoryError as exc:
+    ...             print(exc.operation, ioas.mappings())
+    map_dma []
     """
 
     def __init__(self, backend: Any, fail_at: int | None = None, errno: int = _errno.ENOMEM, *,
@@ -107,8 +108,8 @@ class EveryFailure:
     ...     with SoftwareVfio().container() as container:
     ...         backend = fail.wrap(container)
     ...         with fail.expected():
-    ...             backend.unmap_all()
-    ...             backend.unmap_all()
+    ...             _ = backend.unmap_all()
+    ...             _ = backend.unmap_all()
     >>> fail.rounds
     3
     """

@@ -35,7 +35,7 @@ class Checks:
     atomic_unmap = True
 
     def open_backend(self) -> Any:
-        """Return a new backend, with a device where it needs one to map.  Each call is after the last one's close()."""
+        """Return a new backend; the one of the last call is closed by now."""
         raise NotImplementedError("derive a class that opens the backend to test")
 
     @pytest.fixture
@@ -59,7 +59,7 @@ class Checks:
 
     @contextlib.contextmanager
     def dma_of(self, backend: Any) -> Iterator[Any]:
-        """A device of the backend: ``copy(source, target, size)`` by iova, ``dma_limit``.  Skips where there is none."""
+        """Return a device of the backend: ``copy(source, target, size)`` by iova, ``dma_limit``; skip without."""
         if self.edu is not None:
             with VfioDevice.open(backend, self.edu) as device, EduDriver(device) as driver:
                 yield driver

@@ -14,6 +14,11 @@ from .base import Checks
 _TOP = 1 << 64
 
 
+def _fd(region: MemoryRegion) -> int:
+    assert region.fd is not None
+    return region.fd
+
+
 class RefusalChecks(Checks):
     """Bad arguments: typed, explained, and without effect."""
 
@@ -59,8 +64,8 @@ class RefusalChecks(Checks):
         rig.refused(codes, rig.backend.unmap_dma, rig.at(0), _TOP - page)
         rig.check()
 
-    @pytest.mark.parametrize("arguments", [(-1, 0, 0, 0), (0, -1, 0, 0), (0, 0, -1, 0), (_TOP, 0, 0, 0), (0, _TOP, 0, 0),
-                                           (0, 0, _TOP, 0)])
+    @pytest.mark.parametrize("arguments", [
+        (-1, 0, 0, 0), (0, -1, 0, 0), (0, 0, -1, 0), (_TOP, 0, 0, 0), (0, _TOP, 0, 0), (0, 0, _TOP, 0)])
     def test_numbers_beyond_64_bits_are_einval(self, rig: Rig, arguments: tuple[int, ...]) -> None:
         good = rig.at(0), rig.vaddr(), rig.pgsize, int(Prot.RW)
         chosen = [bad or value for bad, value in zip(arguments, good, strict=True)]
@@ -94,7 +99,7 @@ class RefusalChecks(Checks):
         self._require_pinning()
         with GuestMemory.memfd(18 * rig.pgsize, seal=False) as memory:
             start = -(-memory.region.vaddr // rig.pgsize) * rig.pgsize
-            os.ftruncate(memory.region.fd, 9 * rig.pgsize)
+            os.ftruncate(_fd(memory.region), 9 * rig.pgsize)
             rig.refused(errno.EFAULT, rig.backend.map_dma, rig.at(0), start, 16 * rig.pgsize, Prot.RW)
         rig.check_page(rig.at(0))
         rig.check_page(rig.at(15))
@@ -102,7 +107,7 @@ class RefusalChecks(Checks):
     def test_memory_that_can_only_be_read_is_not_mapped_for_writing(self, rig: Rig) -> None:
         self._require_pinning()
         region = rig.memory.region
-        with MemoryRegion.from_fd(region.fd, region.size, prot=Prot.READ) as readable:
+        with MemoryRegion.from_fd(_fd(region), region.size, prot=Prot.READ) as readable:
             vaddr = -(-readable.vaddr // rig.pgsize) * rig.pgsize
             for prot in (Prot.WRITE, Prot.RW):
                 rig.refused(errno.EFAULT, rig.backend.map_dma, rig.at(0), vaddr, rig.pgsize, prot)
@@ -114,7 +119,7 @@ class RefusalChecks(Checks):
             pytest.skip("this backend does not look at memory when it is mapped")
 
     @pytest.mark.parametrize(("page", "npages"), [(4, 1), (5, 2), (7, 1), (2, 4), (6, 4), (2, 3)])
-    def test_an_unmap_that_would_split_removes_whole_mappings_or_nothing(self, rig: Rig, page: int, npages: int) -> None:
+    def test_a_splitting_unmap_removes_whole_mappings_or_nothing(self, rig: Rig, page: int, npages: int) -> None:
         rig.map(4, 4)
         rig.map(12)
         try:
