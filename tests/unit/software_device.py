@@ -1,6 +1,7 @@
 """Opens software devices for tests, and calls them as a C program would."""
 import contextlib
 import ctypes
+import mmap
 import struct
 
 import pytest
@@ -47,6 +48,16 @@ class Opened:
             self.vfio.close(self.fd)
             self.fd = -1
         self.container.close()
+
+
+@contextlib.contextmanager
+def pages(count):
+    """Yield (memory, its address)."""
+    memory = mmap.mmap(-1, count * mmap.PAGESIZE)
+    export = ctypes.c_char.from_buffer(memory)
+    yield memory, ctypes.addressof(export)
+    del export
+    memory.close()
 
 
 @contextlib.contextmanager

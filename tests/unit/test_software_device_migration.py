@@ -88,7 +88,8 @@ class Recorder:
 
 def set_state(device, state):
     """Return the new state's descriptor."""
-    given, fd = struct.unpack("=Ii", device.set(abi.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, struct.pack("=Ii", state, 77)))
+    asked = struct.pack("=Ii", state, 77)
+    given, fd = struct.unpack("=Ii", device.set(abi.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, asked))
     assert given == state
     return fd
 
