@@ -11,7 +11,7 @@ LAB_KERNELS ?=
 LAB_ARGS ?=
 export LAB ?=
 
-.PHONY: all build demo test test-c test-deep lab lab-short lab-prepare lint types imports sanitize bench dist clean
+.PHONY: all build demo test test-c test-deep lab lab-short lab-prepare fuzz lint types imports sanitize bench dist clean
 all: build
 
 $(BIN)/python:
@@ -40,8 +40,9 @@ demo: build
 
 # All of it, or with PYTEST="..." a part of the Python tests.
 test: build test-c
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest $(or $(PYTEST),--ignore=tests/lab/test_differential.py)
 	$(if $(PYTEST),,@$(BIN)/python tests/lab/run_guests.py --short)
+	$(if $(PYTEST),,@$(BIN)/python -m pytest -rs -k 6.12 tests/lab/test_differential.py)
 
 test-c:
 	$(MAKE) --no-print-directory -C tests/c check
@@ -56,6 +57,11 @@ lab-short: build
 
 lab: build
 	$(BIN)/python tests/lab/run_guests.py $(LAB_ARGS) $(LAB_KERNELS) $(if $(PYTEST),-- $(PYTEST))
+	$(if $(PYTEST),,$(BIN)/python -m pytest -rs tests/lab/test_differential.py)
+
+# Random scripts played by a real kernel and by the model; FUZZ="--kernel 7.2 --sequences 500 --seed 3".
+fuzz: build
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 lab-prepare:
 	$(PYTHON) tests/lab/run_guests.py --prepare $(LAB_ARGS) $(LAB_KERNELS)

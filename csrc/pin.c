@@ -176,6 +176,7 @@ static struct alias *alias_make(const vma *area)
         return NULL;
     }
     madvise(address, size, MADV_DONTFORK);
+    munlock(address, size);     /* a copy of locked memory is locked, and would count once more */
     bool writable = !mprotect(address, size, PROT_READ | PROT_WRITE);
     int fd = descriptor_of(area);
     *a = (struct alias){.dev = area->dev, .inode = area->inode, .offset = area->offset, .size = size, .address = address,

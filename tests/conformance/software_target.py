@@ -15,9 +15,9 @@ class SoftwareTarget:
 
     def __init__(self, kernel):
         self.vfio = SoftwareVfio(kernel=kernel, groups=[
-            SoftwareGroup(0, [EduDevice("0000:00:10.0")], dirty_tracking=False),
-            SoftwareGroup(1, [EduDevice("0000:00:11.0")], dirty_tracking=False),
-            SoftwareGroup(2, ["0000:01:01.0", "0000:01:02.0"], dirty_tracking=False),
+            SoftwareGroup(0, [EduDevice("0000:00:10.0")], dirty_tracking=False, coherent=False),
+            SoftwareGroup(1, [EduDevice("0000:00:11.0")], dirty_tracking=False, coherent=False),
+            SoftwareGroup(2, ["0000:01:01.0", "0000:01:02.0"], dirty_tracking=False, coherent=False),
             SoftwareGroup(MDEV, ["83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"], emulated=True),
         ])
         self.self_test = SelfTest(kernel)

@@ -281,8 +281,6 @@ cdef class IommufdDevice(DmaPath):
     def __cinit__(self, IommufdContext context not None, IommuGroup group not None, *, uint32_t hw_type=0, bytes hw_data=b"",
                   uint64_t hw_capabilities=0, bint can_track=False, uint64_t block=0):
         cdef int err
-        if not group.group.coherent:
-            raise_errno(EINVAL, "bind_iommufd", None, None, "the IOMMU does not enforce cache coherency")
         if not group.group.msi_isolated:
             raise_errno(_errno.EPERM, "bind_iommufd", None, None, "interrupts are not isolated")
         if len(hw_data) > sizeof(self.device.hw_data):
