@@ -281,15 +281,36 @@ def eventfd():
 def test_a_written_eventfd_writes_the_register(card, eventfd, width):
     ioeventfd(card, 0x10, 0x1122334455667788, width, eventfd)
     for count in (1, 2, 3):
-        os.eventfd_write(eventfd, 1)        # never read: every write counts
+        os.eventfd_write(eventfd, 5)
         wait_for(lambda count=count: len(card.device.accesses) >= count)
     assert card.device.accesses == [(0, 0x10, struct.pack("=Q", 0x1122334455667788)[:width])] * 3
 
 
-def test_an_eventfd_that_was_written_before_writes_at_once(card, eventfd):
-    os.eventfd_write(eventfd, 1)
+def test_an_eventfd_is_drained(card, eventfd):
     ioeventfd(card, 4, 7, 4, eventfd)
+    os.eventfd_write(eventfd, 5)
     wait_for(lambda: card.device.accesses)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(eventfd)
+
+
+def test_an_eventfd_that_was_written_before_writes_at_once_and_is_not_drained(card, eventfd):
+    os.eventfd_write(eventfd, 5)
+    for count, data in ((1, 7), (2, 8)):
+        ioeventfd(card, 4, data, 4, eventfd)
+        wait_for(lambda count=count: len(card.device.accesses) == count)
+    assert [int.from_bytes(data, "little") for _, _, data in card.device.accesses] == [7, 8]
+    assert os.eventfd_read(eventfd) == 5
+
+
+def test_one_eventfd_writes_several_registers(card, eventfd):
+    other = os.dup(eventfd)
+    for data in range(20):
+        ioeventfd(card, 4, data, 4, eventfd if data % 2 else other)
+    for count in (1, 2, 3):
+        os.eventfd_write(eventfd, 1)
+        wait_for(lambda count=count: len(card.device.accesses) == 20 * count)
+    os.close(other)
 
 
 def test_a_removed_ioeventfd_writes_nothing(card, eventfd):

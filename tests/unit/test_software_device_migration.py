@@ -57,7 +57,7 @@ class Recorder:
         self.fail_at = None
         self.changed = b""
         self.loaded = None
-        self.refuse = False
+        self.refuse = 0
 
     def arc(self, current, following):
         if (current, following) == self.fail_at:
@@ -82,7 +82,7 @@ class Recorder:
 
     def load(self, data):
         if self.refuse:
-            raise error(errno.EINVAL, "load")
+            raise error(self.refuse, "load")
         self.loaded = data
 
 
@@ -211,8 +211,8 @@ def test_a_failing_arc_leaves_the_state_before_it(device):
 
 def test_a_state_that_can_not_be_loaded_is_an_error_that_only_a_reset_ends(device):
     set_state(device, RESUMING)
-    device.device.migration.refuse = True
-    with fails(errno.EINVAL):
+    device.device.migration.refuse = errno.EIO
+    with fails(errno.EIO):
         set_state(device, RUNNING)
     assert state_of(device) == ERROR
     for target in (STOP, RUNNING, RESUMING, STOP_COPY):
@@ -289,6 +289,19 @@ def test_what_was_written_is_loaded_when_the_device_stops_resuming(device):
     vfio.close(fd)
 
 
+def test_an_incomplete_state_can_be_completed(device):
+    fd = set_state(device, RESUMING)
+    device.vfio.write(fd, b"half")
+    device.device.migration.refuse = errno.EINVAL
+    with fails(errno.EINVAL):
+        set_state(device, RUNNING)
+    assert state_of(device) == RESUMING
+    device.device.migration.refuse = 0
+    device.vfio.write(fd, b" and half")
+    set_state(device, RUNNING)
+    assert device.device.migration.loaded == b"half and half"
+
+
 def test_closing_the_device_ends_its_migration(device):
     fd = set_state(device, STOP_COPY)
     device.vfio.close(device.fd)
@@ -332,9 +345,10 @@ def test_an_edu_device_moves_to_another_one():
             assert new.config.bus_master
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:4109],
-                                    lambda data: data[:100] + b"!" + data[101:], lambda data: data + b"x"])
-def test_a_damaged_edu_state_is_refused(damage):
+@pytest.mark.parametrize("damage, code", [
+    (lambda data: data[:-1], errno.EINVAL), (lambda data: b"", errno.EINVAL), (lambda data: data[:4109], errno.EINVAL),
+    (lambda data: data[:100] + b"!" + data[101:], errno.EIO), (lambda data: data + b"x", errno.EINVAL)])
+def test_a_damaged_edu_state_is_refused(damage, code):
     edu = EduDevice(ADDRESS, migratable=True)
     with opened(edu) as device:
         fd = set_state(device, STOP_COPY)
@@ -342,9 +356,9 @@ def test_a_damaged_edu_state_is_refused(damage):
         device.vfio.close(fd)
         fd = set_state(device, RESUMING)
         device.vfio.write(fd, damage(data))
-        with fails(errno.EINVAL):
+        with fails(code):
             set_state(device, RUNNING)
-        assert state_of(device) == ERROR
+        assert state_of(device) == (ERROR if code == errno.EIO else RESUMING)
         device.vfio.close(fd)
 
 

@@ -67,14 +67,15 @@ class EduMigration:
         return 2 * (len(_MAGIC) + 1 + _TAIL) + _BUFFER_SIZE + _REGISTERS_SIZE
 
     def load(self, data):
-        """Take over a whole stream; EINVAL where it is damaged or not complete."""
+        """Take over a whole stream; EINVAL while it is not complete, EIO where it is damaged."""
         records, at = {}, 0
         while at < len(data):
             kind = data[at + 4:at + 5]
             size = {_BUFFER: _BUFFER_SIZE, _REGISTERS: _REGISTERS_SIZE}.get(kind, 0)
             end = at + len(_MAGIC) + 1 + size
             if not size or self._record(kind, data[at + 5:end]) != data[at:end + _TAIL]:
-                raise error(errno.EINVAL, "edu_load", hint=f"at byte {at} it is damaged, or not an edu device's")
+                code = errno.EIO if size and len(data) >= end + _TAIL else errno.EINVAL
+                raise error(code, "edu_load", hint=f"at byte {at} it ends early, is damaged, or not an edu device's")
             records[kind] = data[at + 5:end]
             at = end + _TAIL
         if set(records) != {_BUFFER, _REGISTERS}:

@@ -82,11 +82,14 @@ class MigrationFile:
         self._data += self._migration.device.final()
         self._ended = True
 
-    def end(self) -> bytes:
-        """The device leaves the states that this belongs to; return what was written."""
+    def written(self) -> bytes:
+        """Return what was written so far."""
+        return bytes(self._data)
+
+    def end(self) -> None:
+        """The device leaves the states that this belongs to."""
         self._alive = False
-        data, self._data = bytes(self._data), bytearray()
-        return data
+        self._data.clear()
 
     def _check(self, saving: bool, operation: str) -> None:
         if saving != self._saving:
@@ -130,10 +133,9 @@ class MigrationFile:
             raise error(errno.ENOTTY, operation, hint=f"request {request:#x}")
         values = read_struct(layout, layout.size, arg, operation)
         with migration.lock:
-            if not self._alive:
-                raise error(errno.ENODEV, operation, hint="the device has left the state")
             if migration.current not in (PRE_COPY, PRE_COPY_P2P):
                 raise error(errno.EINVAL, operation, hint="the device is not in PRE_COPY or PRE_COPY_P2P")
+            self._check(True, operation)
             dirty = len(self._data) - self._initial + migration.device.dirty_bytes()
             values |= {"initial_bytes": self._initial, "dirty_bytes": dirty}
             if migration.precopy_v2:
@@ -166,7 +168,7 @@ class Migration:
     def set(self, target: int) -> MigrationFile | None:
         """Bring the device into a state, through those between; return the file of a new data descriptor.
 
-        Where an arc fails the device stays in the state before it, in ERROR when half of its state was loaded.
+        Where an arc fails the device stays in the state before it; it is in ERROR when what was written is no state.
         """
         file = None
         while self.current != target:
@@ -180,13 +182,7 @@ class Migration:
     def _go(self, following: int) -> MigrationFile | None:
         current = self.current
         if current == RESUMING:
-            assert self._file is not None
-            data, self._file = self._file.end(), None
-            try:
-                self.device.load(data)
-            except BaseException:
-                self.current = ERROR
-                raise
+            self._load()
         self.device.arc(current, following)
         if current in SAVING and following in SAVING:
             if following == STOP_COPY:
@@ -199,6 +195,18 @@ class Migration:
             self._file = MigrationFile(self, following)
             return self._file
         return None
+
+    def _load(self) -> None:
+        """Have the device take over what was written; while that is not complete (EINVAL) it keeps resuming."""
+        assert self._file is not None
+        try:
+            self.device.load(self._file.written())
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                self.current = ERROR
+                self._end_file()
+            raise
+        self._end_file()
 
     def _end_file(self) -> None:
         if self._file is not None:
