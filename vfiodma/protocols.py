@@ -161,8 +161,75 @@ class DmaPort(Protocol):
 
 
 @runtime_checkable
+class IrqSink(Protocol):
+    """The way of a software device's interrupts to its user.  Any thread may call it, holding any lock of its own."""
+
+    def enabled(self, index: int) -> int:
+        """Return how many vectors of an index are enabled (0 INTx, 1 MSI, 2 MSI-X, 3 ERR, 4 REQ)."""
+
+    def trigger(self, index: int, vector: int = 0) -> None:
+        """Raise an interrupt; a vector that is not enabled is dropped.  INTx is a level, raised until ``lower``."""
+
+    def lower(self) -> None:
+        """Take INTx back."""
+
+
+@runtime_checkable
+class MigratableDevice(Protocol):
+    """A software device's part in its migration: its attribute ``migration``.
+
+    VFIO keeps the state machine and the descriptors; a method that raises VfioError gives its errno to the user.
+    """
+
+    flags: int                          #: VFIO_MIGRATION_*: STOP_COPY, with P2P and PRE_COPY as they are supported
+
+    def arc(self, current: int, following: int) -> None:
+        """Go from one state to the next (VFIO_DEVICE_STATE_*), from ERROR to RUNNING after a reset.
+
+        When it raises, the device stays in ``current``.
+        """
+
+    def initial(self) -> bytes:
+        """Return what PRE_COPY begins with."""
+
+    def dirty_bytes(self) -> int:
+        """Return how many bytes ``dirty`` would give now."""
+
+    def dirty(self) -> bytes:
+        """Return what has changed since it was last returned, b"" for nothing."""
+
+    def final(self) -> bytes:
+        """Return what STOP_COPY ends with; after PRE_COPY only what that did not give."""
+
+    def size(self) -> int:
+        """Return about how many bytes STOP_COPY gives."""
+
+    def load(self, data: bytes) -> None:
+        """Take over all that was written; EINVAL: it is not complete yet.  Any other error leads to the state ERROR."""
+
+
+@runtime_checkable
 class SoftwareDevice(Protocol):
-    """A device of the software backend.  Regions are numbered as for vfio-pci (0-5 BARs, 6 ROM, 7 config space)."""
+    """A device of the software backend.  Regions are numbered as for vfio-pci (0-5 BARs, 6 ROM, 7 config space).
+
+    Optional attributes, by what they are for:
+
+    * interrupts: ``set_irq_sink(sink)``, called with an IrqSink when the device is opened, with None when it is closed;
+    * regions: ``region_flags(index)`` (VFIO_REGION_INFO_FLAG_*; read and write by default), ``region_count`` (more
+      than 9 with regions of its own), ``region_caps(index)`` (capabilities as (id, version, bytes after the header)),
+      ``region_mmap(index, offset, size)`` (the memory of a region with the flag MMAP, a writable buffer),
+      ``msix_table`` (BAR, offset, size);
+    * information: ``info_caps`` (as ``region_caps``);
+    * resets: ``can_reset`` (True by default), ``reset_scope`` (devices of equal scope take part in one hot reset);
+    * features: ``migration`` (a MigratableDevice, or None), ``dma_logging`` (whether its DMA port's log is offered),
+      ``vf_token`` (16 bytes, written by its user);
+    * a display: ``plane_access`` (VFIO_GFX_PLANE_TYPE bits), ``query_plane(kind, access)`` (fields, or None),
+      ``plane_dmabuf(id)`` (a descriptor, or None);
+    * an emulated device: ``dma_unmap(iova, size)``, called when mappings go.
+
+    A configuration space of 64 bytes or more is taken as one: opening the device enables memory access (bit 1 of the
+    command register) and disables bus mastering, BARs answer while the former is on, a reset keeps the header.
+    """
 
     address: str                        #: what GROUP_GET_DEVICE_FD is asked for, e.g. "0000:00:10.0"
 

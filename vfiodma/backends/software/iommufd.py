@@ -222,7 +222,7 @@ class CdevFile(DeviceFile):
         if not isinstance(iommufd, IommufdFile):
             raise error(errno.EBADFD, "bind_iommufd", hint=f"descriptor {fd} is not an iommufd")
         if any(other.iommufd is not iommufd for other in group.cdevs.values()):
-            raise error(errno.EBUSY, "bind_iommufd", hint="a device of the group is bound to another iommufd")
+            raise error(errno.EPERM, "bind_iommufd", hint="a device of the group is bound to another iommufd")
         path = bind(iommufd.context, group, self.device)
         port = DmaPort(path, self.device.address)
         try:
