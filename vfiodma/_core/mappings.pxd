@@ -10,6 +10,7 @@ cdef int map_dma(type1_t *t, uint64_t iova, uint64_t vaddr, uint64_t size, uint3
 cdef int unmap_dma(type1_t *t, uint64_t iova, uint64_t size, uint32_t flags, uint64_t pgsize, uint64_t data,
                    uint64_t *unmapped) noexcept nogil
 cdef void remove_all(type1_t *t) noexcept nogil
+cdef int update_vaddrs(type1_t *t, const uint64_t *rows, size_t n, size_t *failed) noexcept nogil
 cdef dma_t *find_mapping(type1_t *t, uint64_t iova) noexcept nogil
 cdef int wait_until_valid(type1_t *t, uint64_t iova, bint everything) noexcept nogil
 cdef int count_page(type1_t *t, dma_t *dma, uint64_t iova, bint *countable) noexcept nogil

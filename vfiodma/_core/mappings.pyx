@@ -6,7 +6,7 @@ state as it was when it fails, except where the kernel does not.  Source: the VF
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EBUSY, EEXIST, EFAULT, EINTR, EINVAL, ENOENT, ENOMEM, ENOSPC, EOVERFLOW
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 
 from .dirty cimport bisects, dirty_allocate, dirty_copy_out
@@ -16,8 +16,8 @@ from .state cimport (
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_timedwait, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy, pthread_rwlock_init,
     pthread_rwlock_unlock, pthread_rwlock_wrlock, pthread_rwlockattr_init, pthread_rwlockattr_setkind_np,
-    pthread_rwlockattr_t, rangemap_count, rangemap_entry, rangemap_find, rangemap_free, rangemap_insert,
-    rangemap_new, rangemap_overlaps, rangemap_remove, type1_t,
+    pthread_rwlockattr_t, rangemap_copy, rangemap_count, rangemap_entry, rangemap_find, rangemap_free, rangemap_insert,
+    rangemap_new, rangemap_overlaps, rangemap_remove, type1_t, vaddr_valid,
 )
 from .uapi cimport MAP_READ, MAP_VADDR, MAP_WRITE, UNMAP_ALL, UNMAP_DIRTY, UNMAP_VADDR
 
@@ -31,8 +31,13 @@ cdef extern from "memlock.h" nogil:
     void memlock_forget()
     int MEMLOCK_UNLIMITED
 
+cdef extern from *:
+    void prefetch "__builtin_prefetch"(const void *, int write) noexcept nogil
+
 cdef enum:
+    AHEAD = 16                          # mappings fetched before their turn: each is a cache miss
     WAIT_NS = 100000000                 # between looks at pending signals
+    WINDOW = 64                         # mappings read from the table at once
     UNMAP_ROUNDS = 10                   # of callbacks for one mapping; the kernel stops with a BUG after them
 
 
@@ -81,6 +86,7 @@ cdef type1_t *type1_new(int version, bint v2, uint32_t entry_limit, int64_t meml
     t.memlock_limit = memlock_limit
     t.owner = owner
     t.pgsizes = ~<uint64_t> (PS - 1)
+    t.vaddr_generation = 1
     return t
 
 
@@ -181,7 +187,8 @@ cdef void release(type1_t *t, dma_t *dma) noexcept nogil:
     """Free a mapping that has left the table."""
     pin_release(dma.pages)
     memlock_uncharge(dma.locked)
-    if dma.vaddr_invalid:
+    t.mapped_bytes -= dma.size
+    if not vaddr_valid(t, dma):
         made_valid(t)
     if dma.pinned:
         rangemap_free(dma.pinned)
@@ -244,7 +251,7 @@ cdef bint interrupted(void *owner) noexcept with gil:
 
 cdef bint is_invalid(type1_t *t, uint64_t iova, bint everything) noexcept nogil:
     cdef dma_t *dma = NULL if everything else find_mapping(t, iova)
-    return t.vaddr_invalid_count != 0 if everything else dma != NULL and dma.vaddr_invalid
+    return t.vaddr_invalid_count != 0 if everything else dma != NULL and not vaddr_valid(t, dma)
 
 
 cdef int wait_until_valid(type1_t *t, uint64_t iova, bint everything) noexcept nogil:
@@ -276,13 +283,66 @@ cdef int update_vaddr(type1_t *t, uint64_t iova, uint64_t vaddr, uint64_t size) 
     cdef dma_t *dma = NULL if ends_at_the_top(t, iova, size) else first_from(t, iova)
     if not dma or dma.iova > iova + size - 1:
         return -ENOENT
-    if not dma.vaddr_invalid or dma.iova != iova or dma.size != size:
+    if vaddr_valid(t, dma) or dma.iova != iova or dma.size != size:
         return -EINVAL
     # The owner can't change: a model lives in one process, so there is nothing to account anew.
     dma.vaddr = vaddr
-    dma.vaddr_invalid = False
+    dma.valid_in = t.vaddr_generation
     made_valid(t)
     return 0
+
+
+cdef void fetch_ahead(const rangemap_entry *window, size_t first, size_t n) noexcept nogil:
+    cdef size_t i
+    for i in range(n):
+        prefetch(<void *> window[first + i].value, 1)
+
+
+cdef int update_vaddrs(type1_t *t, const uint64_t *rows, size_t n, size_t *failed) noexcept nogil:
+    """update_vaddr for n rows of (iova, vaddr, size), all or none; *failed = the row that stands against it.
+
+    Rows in ascending order, as whoever restores everything has them, are found by reading the table in order.
+    """
+    cdef rangemap_entry window[WINDOW]
+    cdef size_t i, at = 0, filled = 0
+    cdef dma_t *dma
+    cdef int err = 0
+    cdef uint64_t *before = <uint64_t *> malloc(n * 8 + 8)
+    if not before:
+        failed[0] = 0
+        return -ENOMEM
+    for i in range(n):
+        err = check_map(t, rows[3 * i], rows[3 * i + 1], rows[3 * i + 2], MAP_VADDR)
+        if err:
+            break
+        if at == filled or window[at].start != rows[3 * i]:
+            filled = rangemap_copy(t.mappings, rows[3 * i], window, WINDOW)
+            at = 0
+            fetch_ahead(window, 0, min(<size_t> AHEAD, filled))
+        if at + AHEAD < filled:
+            prefetch(<void *> window[at + AHEAD].value, 1)
+        dma = <dma_t *> window[at].value if filled else NULL
+        if not dma or window[at].start > rows[3 * i] + (rows[3 * i + 2] - 1) or ends_at_the_top(t, rows[3 * i], rows[3 * i + 2]):
+            err = -ENOENT
+        elif vaddr_valid(t, dma) or dma.iova != rows[3 * i] or dma.size != rows[3 * i + 2]:
+            err = -EINVAL
+        if err:
+            break
+        before[i] = dma.vaddr
+        dma.vaddr = rows[3 * i + 1]
+        dma.valid_in = t.vaddr_generation
+        at += 1
+    if err:
+        failed[0] = i
+        for i in range(failed[0]):
+            dma = find_mapping(t, rows[3 * i])
+            dma.vaddr = before[i]
+            dma.valid_in = 0
+    elif n:
+        t.vaddr_invalid_count -= n
+        pthread_cond_broadcast(&t.valid)
+    free(before)
+    return err
 
 
 cdef int check_map(type1_t *t, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags) noexcept nogil:
@@ -325,9 +385,11 @@ cdef int map_dma(type1_t *t, uint64_t iova, uint64_t vaddr, uint64_t size, uint3
     dma.iova = iova
     dma.vaddr = vaddr
     dma.size = size
+    dma.valid_in = t.vaddr_generation
     dma.prot = flags
     dma.lock_cap = t.memlock_limit == MEMLOCK_UNLIMITED or memlock_capable()
     t.dma_avail -= 1
+    t.mapped_bytes += size
     err = fill_mapping(t, dma)
     if not err and not top:
         pthread_rwlock_wrlock(&t.iotlb)
@@ -351,26 +413,47 @@ cdef void notify_unmap(void *owner, uint64_t iova, uint64_t size) noexcept with 
 cdef void revert_invalid(type1_t *t, uint64_t iova, dma_t *stop) noexcept nogil:
     cdef dma_t *dma = first_from(t, iova)
     while dma != stop:
-        dma.vaddr_invalid = False
+        dma.valid_in = t.vaddr_generation
         t.vaddr_invalid_count -= 1
         dma = next_of(t, dma)
 
 
 cdef int invalidate_vaddrs(type1_t *t, uint64_t iova, uint64_t last, bint everything, uint64_t *size) noexcept nogil:
     """Mark the vaddrs of a range invalid; all of them must be valid."""
-    cdef dma_t *dma = first_from(t, iova)
-    while dma and dma.iova <= last:
-        if dma.vaddr_invalid:
-            revert_invalid(t, iova, dma)
-            return -EINVAL
-        dma.vaddr_invalid = True
-        t.vaddr_invalid_count += 1
-        size[0] += dma.size
-        dma = next_of(t, dma)
+    cdef rangemap_entry window[WINDOW]
+    cdef uint64_t key = iova
+    cdef size_t i, filled = WINDOW
+    cdef dma_t *dma
+    if everything and t.vaddr_invalid_count == 0:
+        t.vaddr_generation += 1
+        t.vaddr_invalid_count = rangemap_count(t.mappings)
+        dma = t.unfindable
+        while dma:
+            t.vaddr_invalid_count += 1
+            dma = dma.next
+        size[0] += t.mapped_bytes
+        return 0
+    while filled == WINDOW:
+        filled = rangemap_copy(t.mappings, key, window, WINDOW)
+        fetch_ahead(window, 0, filled)
+        for i in range(filled):
+            dma = <dma_t *> window[i].value
+            if dma.iova > last:
+                filled = 0
+                break
+            if not vaddr_valid(t, dma):
+                revert_invalid(t, iova, dma)
+                return -EINVAL
+            dma.valid_in = 0
+            t.vaddr_invalid_count += 1
+            size[0] += dma.size
+        if not filled or window[filled - 1].last == <uint64_t> -1:
+            break
+        key = window[filled - 1].last + 1
     dma = t.unfindable if everything else NULL
     while dma:
-        if not dma.vaddr_invalid:
-            dma.vaddr_invalid = True
+        if vaddr_valid(t, dma):
+            dma.valid_in = 0
             t.vaddr_invalid_count += 1
             size[0] += dma.size
         dma = dma.next

@@ -53,6 +53,7 @@ cdef extern from "rangemap.h" nogil:
     bint rangemap_lower(rangemap *, uint64_t key, rangemap_entry *out)
     bint rangemap_overlaps(rangemap *, uint64_t start, uint64_t last)
     size_t rangemap_count(rangemap *)
+    size_t rangemap_copy(rangemap *, uint64_t key, rangemap_entry *out, size_t n)
 
 cdef extern from "pin.h" nogil:
     ctypedef struct pin:
@@ -75,7 +76,10 @@ cdef enum:
     PS = 4096                               # CPU page size
 
 cdef struct dma_t:                          # one mapping
+    # These five are in one cache line: a vaddr update of everything needs no other.
     uint64_t iova, vaddr, size
+    uint64_t valid_in                       # the vaddr is valid while this is the instance's vaddr_generation
+    uint32_t prot
     uint64_t locked                         # pages that it accounts
     pin *pages                              # how devices reach it; NULL = not mapped in an IOMMU
     rangemap *pinned                        # externally pinned pages: iova -> references << 1 | countable; NULL = none yet
@@ -83,8 +87,7 @@ cdef struct dma_t:                          # one mapping
     uint64_t *bitmap                        # raw words as the kernel keeps them, one u64 more than needed; NULL = not tracked
     uint64_t bitmap_words
     dma_t *next                             # in the list of unfindable mappings
-    uint32_t prot
-    bint lock_cap, vaddr_invalid
+    bint lock_cap
 
 cdef struct iova_range:
     uint64_t start, last
@@ -122,6 +125,8 @@ cdef struct type1_t:
     uint64_t pgsizes
     uint32_t dma_avail
     uint64_t vaddr_invalid_count
+    uint64_t vaddr_generation               # from 1; a new one invalidates every vaddr at once
+    uint64_t mapped_bytes
     uint64_t non_pinned_groups
     uint64_t unmap_listeners                # open devices that registered an unmap callback
     int64_t memlock_limit
@@ -132,6 +137,9 @@ cdef inline uint64_t min_pgsize(const type1_t *t) noexcept nogil:
 
 cdef inline bint iommu_mapped(const dma_t *dma) noexcept nogil:
     return dma.pages != NULL
+
+cdef inline bint vaddr_valid(const type1_t *t, const dma_t *dma) noexcept nogil:
+    return dma.valid_in == t.vaddr_generation
 
 # The first mapping that ends at or after key, or NULL.
 cdef inline dma_t *first_from(type1_t *t, uint64_t key) noexcept nogil:

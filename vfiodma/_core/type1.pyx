@@ -18,11 +18,11 @@ from .dirty cimport dirty_get, dirty_start, dirty_stop
 from .args cimport acquire_rows, new_bytes, u64
 from .errno cimport raise_errno
 from .ioctl cimport type1_extension, type1_ioctl
-from .mappings cimport find_mapping, forget_charges, map_dma, process_locked_pages, type1_free, type1_new, unmap_dma
+from .mappings cimport forget_charges, map_dma, process_locked_pages, type1_free, type1_new, unmap_dma, update_vaddrs
 from .pinning cimport dma_rw, pin_pages, unpin_pages
 from .state cimport (
     V5_4, V5_12, V6_1, V6_12, V7_2, dma_t, first_from, iova_range, min_pgsize, next_of, pthread_cond_broadcast,
-    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, rangemap_count,
+    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, rangemap_count, vaddr_valid,
 )
 from .uapi cimport MAP_VADDR, UNMAP_ALL, UNMAP_VADDR
 
@@ -458,40 +458,23 @@ cdef class Type1:
             self.fail(err, "update_vaddr", iova, size)
 
     def update_vaddr_many(self, entries):
-        """update_vaddr for an (n, 3) uint64 array of (iova, vaddr, size): all of them, or none."""
+        """update_vaddr for an (n, 3) uint64 array of (iova, vaddr, size): all of them, or none.  The GIL is released."""
         cdef Py_buffer view
         cdef uint64_t *row
-        cdef uint64_t *before
-        cdef Py_ssize_t i = 0, n
-        cdef dma_t *dma
-        cdef int err = 0
+        cdef Py_ssize_t n
+        cdef size_t failed = 0
+        cdef int err
         self.needs_vaddr("update_vaddr_many")
         acquire_rows(entries, &view, 3, &n, "update_vaddr_many")
-        before = NULL
         try:
             row = <uint64_t *> view.buf
-            before = <uint64_t *> calloc(n + 1, 8)
-            if not before:
-                raise MemoryError
             self.enter("update_vaddr_many")
             with nogil:
-                while i < n and not err:
-                    dma = find_mapping(self.t, row[i * 3])
-                    before[i] = dma.vaddr if dma else 0
-                    err = map_dma(self.t, row[i * 3], row[i * 3 + 1], row[i * 3 + 2], MAP_VADDR)
-                    i += 1
-                if err:
-                    n = i - 1
-                    for i in range(n):
-                        dma = find_mapping(self.t, row[i * 3])
-                        dma.vaddr = before[i]
-                        dma.vaddr_invalid = True
-                        self.t.vaddr_invalid_count += 1
+                err = update_vaddrs(self.t, row, n, &failed)
                 self.leave()
             if err:
-                self.fail(err, "update_vaddr_many", row[n * 3], row[n * 3 + 2], n)
+                self.fail(err, "update_vaddr_many", row[failed * 3], row[failed * 3 + 2], failed)
         finally:
-            free(before)
             PyBuffer_Release(&view)
 
     # ---- dirty tracking
@@ -663,7 +646,7 @@ cdef class Type1:
             rows = array
             dma = first_from(self.t, 0)
             while dma:
-                rows[i, 0], rows[i, 1], rows[i, 2], rows[i, 3], rows[i, 4] = dma.iova, dma.vaddr, dma.size, dma.prot, not dma.vaddr_invalid
+                rows[i, 0], rows[i, 1], rows[i, 2], rows[i, 3], rows[i, 4] = dma.iova, dma.vaddr, dma.size, dma.prot, vaddr_valid(self.t, dma)
                 i += 1
                 dma = next_of(self.t, dma)
         finally:
