@@ -12,15 +12,6 @@ from .address_space import IoAddressSpace
 from .memory import GuestMemory
 
 
-class _Place(NamedTuple):
-    """A mapping by what stays when addresses change."""
-
-    iova: int
-    size: int
-    gpa: int        #: of the region that it leads to
-    offset: int     #: into that region
-
-
 class HandoffTimes(NamedTuple):
     """Seconds of each step of a vaddr update."""
 
@@ -86,18 +77,30 @@ class VaddrHandoff:
                         "(VFIO_UPDATE_VADDR, and no emulated group)")
         self._ioas = ioas
         self.memory = memory
-        self._places = [self._place(memory, mapping) for mapping in ioas]
+        self._places = self._find_places(memory, ioas.to_array())
 
     @staticmethod
-    def _place(memory: GuestMemory, mapping: Any) -> _Place:
+    def _find_places(memory: GuestMemory, mappings: Any) -> dict[int, Any]:
+        """Return, for each region's gpa, an (n, 3) array of iova, offset into the region, size: what stays."""
+        import numpy as np
+
+        places, found = {}, 0
         for gpa, region in memory:
-            offset = mapping.vaddr - region.vaddr
-            if offset >= 0 and offset + mapping.size <= region.size:
-                if region.fd is None:
-                    raise error(errno.EOPNOTSUPP, "invalidate_vaddr", mapping.iova, mapping.size,
-                                "anonymous memory can't be mapped a second time: use memfd, hugetlb or file memory")
-                return _Place(mapping.iova, mapping.size, gpa, offset)
-        raise error(errno.EINVAL, "invalidate_vaddr", mapping.iova, mapping.size, "the mapping leads to other memory")
+            offset = mappings[:, 1] - np.uint64(region.vaddr)       # wraps, and is too large, for what lies before
+            inside = (offset < np.uint64(region.size)) & (mappings[:, 2] <= np.uint64(region.size) - offset)
+            if not inside.any():
+                continue
+            if region.fd is None:
+                iova, _, size, _ = mappings[inside][0].tolist()
+                raise error(errno.EOPNOTSUPP, "invalidate_vaddr", iova, size,
+                            "anonymous memory can't be mapped a second time: use memfd, hugetlb or file memory")
+            places[gpa] = np.column_stack((mappings[inside, 0], offset[inside], mappings[inside, 2]))
+            found += len(places[gpa])
+        if found != len(mappings):
+            known = np.concatenate([rows[:, 0] for rows in places.values()]) if places else mappings[:0, 0]
+            iova, _, size, _ = mappings[~np.isin(mappings[:, 0], known)][0].tolist()
+            raise error(errno.EINVAL, "invalidate_vaddr", iova, size, "the mapping leads to other memory")
+        return places
 
     def invalidate(self) -> int:
         """Declare every vaddr invalid; return the bytes."""
@@ -111,19 +114,25 @@ class VaddrHandoff:
         InvalidArgumentError
             EINVAL: the layout differs, or the mappings changed meanwhile; every vaddr is still invalid.
         """
-        regions = dict(memory)
-        if len(self._places) != len(self._ioas):
-            raise error(errno.EINVAL, "update_vaddr", hint=f"there were {len(self._places)} mappings, "
+        import numpy as np
+
+        regions, count = dict(memory), sum(map(len, self._places.values()))
+        if count != len(self._ioas):
+            raise error(errno.EINVAL, "update_vaddr", hint=f"there were {count} mappings, "
                         f"now there are {len(self._ioas)}")
-        rows = []
-        for place in self._places:
-            region = regions.get(place.gpa)
-            if region is None or place.offset + place.size > region.size:
-                raise error(errno.EINVAL, "update_vaddr", place.iova, place.size, "the memory has another layout")
-            rows.append((place.iova, region.vaddr + place.offset, place.size))
-        # The views keep every region open until the last mapping goes.
-        self._ioas.update_vaddr_many(rows, keep=tuple(region.view() for region in memory.regions))
-        return len(rows)
+        parts = []
+        for gpa, places in self._places.items():
+            region = regions.get(gpa)
+            size = 0 if region is None else region.size
+            outside = (places[:, 1] > size) | (places[:, 2] > np.uint64(size) - places[:, 1])
+            if region is None or outside.any():
+                iova, _, length = places[outside][0].tolist()
+                raise error(errno.EINVAL, "update_vaddr", iova, length, "the memory has another layout")
+            parts.append(places + np.array([0, region.vaddr, 0], np.uint64))
+        if parts:
+            # The views keep every region open until the last mapping goes.
+            self._ioas.update_vaddr_many(np.concatenate(parts), keep=tuple(region.view() for region in memory.regions))
+        return count
 
     def move(self, remap: Callable[[], GuestMemory] | None = None) -> tuple[GuestMemory, HandoffTimes]:
         """Do it all: invalidate, map the memory again, unmap the old address, restore.

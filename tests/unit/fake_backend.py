@@ -111,7 +111,8 @@ class FailNth:
         """Wrap every part of an address space that can fail."""
         ioas.backend = self.wrap(ioas.backend)
         ioas.allocator = self.wrap(ioas.allocator)
-        for name in ("translations", "invalid", "tags", "reverse"):
+        assert ioas._table.reverse is ioas._table._reverse      # there, not still to be made
+        for name in ("translations", "invalid", "tags", "_reverse"):
             setattr(ioas._table, name, self.wrap(getattr(ioas._table, name)))
 
 

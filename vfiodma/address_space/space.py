@@ -26,6 +26,7 @@ from .marks import Marks
 from .pins import Pins
 from .table import MappingTable, Row
 from .undo import Undo
+from .vaddrs import invalidate_everything, restore, update_many
 
 EVERYWHERE = IovaRange(0, TOP)
 
@@ -234,6 +235,11 @@ class IoAddressSpace:
         with self.unchanged("mappings"):
             return [row.mapping for row in self._table.rows(iova, last) if mmio is None or row.mmio == mmio]
 
+    def to_array(self) -> Any:
+        """Return every mapping as an (n, 4) uint64 array of iova, vaddr, size, prot, by iova; a copy."""
+        with self.unchanged("to_array"):
+            return self._table.to_array()
+
     def sgl(self, iova: int, size: int) -> list[tuple[int, int]]:
         """Return the memory behind a range as (vaddr, size) pieces; neighbours in memory are joined.
 
@@ -376,6 +382,8 @@ class IoAddressSpace:
             everything = size is None and iova == 0
             if everything:
                 self._pins.wait("invalidate_vaddr", 0, TOP, timeout, self._check)
+                if not self._table.invalid:
+                    return invalidate_everything(self.backend, self._table)
                 rows = self._table.rows()
             else:
                 rows = self._free_rows("invalidate_vaddr", iova, size, timeout)
@@ -412,13 +420,13 @@ class IoAddressSpace:
         last_of("update_vaddr", iova, 1)
         with self._change("update_vaddr"), Undo() as undo:
             self._need("vaddr", "update_vaddr")
-            old = self._waiting(iova)
+            old = self._table.waiting("update_vaddr", iova)
             row = place("update_vaddr", memory, offset, old.size, self.pgsize, old.prot)
             undo.append((release, row.keeper))
             row = row._replace(iova=old.iova, mmio=old.mmio)
             self.backend.update_vaddr(row.iova, row.vaddr, row.size)
             undo.append((self.backend.invalidate_vaddr, row.iova, row.size))
-            self._restore([old], [row], undo)
+            restore(self._table, [old], [row], undo)
             return row.mapping
 
     def update_vaddr_many(self, entries: Any, *, keep: Any = None) -> None:
@@ -436,15 +444,7 @@ class IoAddressSpace:
             keep = hold(keep)
             undo.append((release, keep))
             self._need("vaddr", "update_vaddr")
-            old, new = [], []
-            for iova, vaddr, size in table.tolist():
-                row = self._waiting(iova, size)
-                old.append(row)
-                new.append(row._replace(vaddr=vaddr, keeper=keep))
-            self.backend.update_vaddr_many(table)
-            for row in new:
-                undo.append((self.backend.invalidate_vaddr, row.iova, row.size))
-            self._restore(old, new, undo)
+            update_many(self.backend, self._table, table, keep, undo)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -621,15 +621,6 @@ class IoAddressSpace:
             rows = self._table.whole(operation, iova, last)     # the wait gave the lock away
         return rows
 
-    def _waiting(self, iova: int, size: int | None = None) -> Row:
-        """Return the mapping that starts at an address and waits for its vaddr."""
-        row = self._table.starting("update_vaddr", iova)
-        if not self._table.is_invalid(row):
-            raise error(errno.EINVAL, "update_vaddr", iova, row.size, "its vaddr is valid: invalidate it first")
-        if size is not None and size != row.size:
-            raise error(errno.EINVAL, "update_vaddr", iova, size, f"the mapping has the size {row.size:#x}")
-        return row
-
     def _reserve(self, rows: list[Row], undo: Undo) -> None:
         for row in rows:
             try:
@@ -656,12 +647,6 @@ class IoAddressSpace:
             undo.append((self._table.remove, row))
             self._table.add(row)
         self._listeners.announce("mapped", "unmapped", rows, undo)
-
-    def _restore(self, old: list[Row], new: list[Row], undo: Undo) -> None:
-        """Enter the new vaddrs of invalid mappings, which the backend has already."""
-        for before, row in zip(old, new, strict=True):
-            undo.append((self._table.invalidate, row, before.vaddr))
-            self._table.restore(row)
 
     def _remove(self, rows: list[Row], unmap: Callable[[], int]) -> int:
         with Undo() as undo:

@@ -48,13 +48,33 @@ class MappingTable:
 
     def __init__(self, release: Callable[[Any], None]) -> None:
         self.translations, self.invalid, self.tags = RangeMap(), RangeMap(), RangeMap()
-        self.reverse = VaddrIndex()
+        self._reverse: VaddrIndex | None = VaddrIndex()     # None: made again when somebody asks
         self._release = release
         self._keepers: dict[int, list[Any]] = {}        # number -> [what is kept, mappings that need it]
         self._newest = 0
 
     def __len__(self) -> int:
         return len(self.tags)
+
+    @property
+    def reverse(self) -> VaddrIndex:
+        """vaddr -> iova of what is translated."""
+        if self._reverse is None:
+            fresh = VaddrIndex()
+            for iova, size, vaddr in self.translations.to_array().tolist():
+                fresh.insert(vaddr, size, iova)
+            self._reverse = fresh
+        return self._reverse
+
+    def to_array(self) -> Any:
+        """Return (n, 4) rows of iova, vaddr, size, prot, by iova; invalid mappings show their last vaddr."""
+        import numpy as np
+
+        tags, parts = self.tags.to_array(), [self.translations.to_array(), self.invalid.to_array()]
+        places = np.concatenate(parts) if len(parts[1]) else parts[0]
+        if len(parts[1]):
+            places = places[np.argsort(places[:, 0], kind="stable")]
+        return np.column_stack((places[:, 0], places[:, 2], places[:, 1], tags[:, 2] & np.uint64(_PROT)))
 
     def rows(self, iova: int = 0, last: int = _TOP) -> list[Row]:
         """Collect the mappings that touch a range, ascending."""
@@ -112,6 +132,15 @@ class MappingTable:
                 segments.append((vaddr, size))
         return segments
 
+    def waiting(self, operation: str, iova: int, size: int | None = None) -> Row:
+        """Return the mapping that starts at an address and waits for its vaddr."""
+        row = self.starting(operation, iova)
+        if not self.is_invalid(row):
+            raise error(errno.EINVAL, operation, iova, row.size, "its vaddr is valid: invalidate it first")
+        if size is not None and size != row.size:
+            raise error(errno.EINVAL, operation, iova, size, f"the mapping has the size {row.size:#x}")
+        return row
+
     def is_invalid(self, row: Row) -> bool:
         """Whether a mapping waits for its new vaddr."""
         return bool(len(self.invalid)) and row.iova in self.invalid
@@ -120,7 +149,8 @@ class MappingTable:
         """Enter a new mapping; :meth:`remove` takes back what a failure left."""
         self.tags.insert(row.iova, row.size, row.prot | _MMIO * row.mmio)
         self.translations.insert(row.iova, row.size, row.vaddr)
-        self.reverse.insert(row.vaddr, row.size, row.iova)
+        if self._reverse is not None:
+            self._reverse.insert(row.vaddr, row.size, row.iova)
         self.keep(row, row.keeper)
 
     def remove(self, row: Row) -> None:
@@ -142,12 +172,14 @@ class MappingTable:
         if row.iova in self.translations:
             self.translations.remove(row.iova)
             with contextlib.suppress(NotMappedError):       # a failure may have come between the two
-                self.reverse.remove(row.vaddr, row.iova)
+                if self._reverse is not None:
+                    self._reverse.remove(row.vaddr, row.iova)
 
     def restore(self, row: Row) -> None:
         """Translate an invalid mapping again, to its new address; :meth:`invalidate` takes back what a failure left."""
         self.translations.insert(row.iova, row.size, row.vaddr)
-        self.reverse.insert(row.vaddr, row.size, row.iova)
+        if self._reverse is not None:
+            self._reverse.insert(row.vaddr, row.size, row.iova)
         self.invalid.remove(row.iova)
         self.keep(row, row.keeper)
 
@@ -170,3 +202,56 @@ class MappingTable:
             self._keepers[old][1] -= 1
             if not self._keepers[old][1]:
                 self._release(self._keepers.pop(old)[0])
+
+    # Everything at once
+
+    def copy_translations(self) -> RangeMap:
+        """Return a copy of everything that is translated."""
+        copy = RangeMap()
+        copy.build(self.translations.to_array())
+        return copy
+
+    def invalidate_all(self, waiting: RangeMap) -> None:
+        """Stop translating; every vaddr is valid, and ``waiting`` is copy_translations()."""
+        self.invalid = waiting
+        self.translations.clear()
+        self._reverse = None
+        self._keep_all(None)
+
+    def match_invalid(self, entries: Any) -> Any:
+        """Return rows of iova, vaddr, size, by iova, if they are all the mappings and all of these are invalid."""
+        import numpy as np
+
+        if len(entries) != len(self.invalid) or len(self.translations) or not len(entries):
+            return None
+        iovas = entries[:, 0]
+        rows = entries if (iovas[1:] > iovas[:-1]).all() else entries[np.argsort(iovas, kind="stable")]
+        rows, waiting = np.ascontiguousarray(rows), self.invalid.to_array()
+        same = np.array_equal(rows[:, 0], waiting[:, 0]) and np.array_equal(rows[:, 2], waiting[:, 1])
+        return rows if same else None
+
+    def restore_all(self, rows: Any, keeper: Any) -> None:
+        """Translate all invalid mappings again, to the vaddrs of rows that match_invalid() returned."""
+        import numpy as np
+
+        self.translations.build(np.ascontiguousarray(rows[:, [0, 2, 1]]))   # the step that can fail comes first
+        self.invalid = RangeMap()
+        self._reverse = None
+        self._keep_all(keeper)
+
+    def _keep_all(self, keeper: Any) -> None:
+        """Give every mapping the same new keeper, and release all old ones."""
+        import numpy as np
+
+        old, self._keepers = self._keepers, {}
+        number = 0
+        if keeper is not None:
+            number = self._newest = self._newest + 1
+            self._keepers[number] = [keeper, len(self.tags)]
+        tags = self.tags.to_array()
+        tags[:, 2] = tags[:, 2] & np.uint64(_PROT | _MMIO) | np.uint64(number << _KEEPER_SHIFT)
+        fresh = RangeMap()
+        fresh.build(tags)
+        self.tags = fresh
+        for kept, _ in old.values():
+            self._release(kept)
