@@ -3,7 +3,8 @@ import pytest
 
 from . import runner
 
-RECORDED = [("type1", "6.1"), ("type1", "6.12"), ("type1", "7.2"), ("emulated", "6.12"), ("emulated", "7.2")]
+RECORDED = [("type1", "6.1"), ("type1", "6.12"), ("type1", "7.2"), ("emulated", "6.12"), ("emulated", "7.2"),
+            ("found", "6.1"), ("found", "6.12"), ("found", "7.2")]
 
 
 def check(target, kernel, set_name, skip_tags=frozenset(), only="*", leave_out=frozenset()):

@@ -2,7 +2,7 @@
 """Replay recorded VFIO scenarios against an implementation and compare with what real kernels answered.
 
     runner.py --kernel 6.1|6.12|7.2 [--set type1|emulated|iommufd] [--target MODULE:FACTORY|kernel] [--only PATTERN]
-              [--all-tags] [--quiet]
+              [--all-tags] [--quiet] [--record FILE]
 
 FACTORY(kernel, set_name) returns an object with the methods of class Kernel below; without --target it is
 software_target:make_target.  "--target kernel" drives the running kernel (root, on a machine as in
@@ -498,6 +498,18 @@ def describe(row, found):
     return "\n".join(lines)
 
 
+def record(target, options):
+    """Write the set with what the target answers."""
+    with open(options.record, "w", encoding="utf-8") as stream:
+        for row in load(options.set):
+            if fnmatch.fnmatch(row["name"], options.only):
+                answer = run_isolated(target, row)
+                del answer["name"]
+                row["answers"][options.kernel] = answer
+            stream.write(json.dumps(row) + "\n")
+    return 0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", required=True)
@@ -506,6 +518,7 @@ def main():
     parser.add_argument("--only", default="*")
     parser.add_argument("--all-tags", action="store_true")
     parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--record", metavar="FILE", help="write the set with this target's answers instead")
     options = parser.parse_args()
     if options.target == "kernel":
         target = Kernel()
@@ -513,6 +526,8 @@ def main():
         module, factory = options.target.split(":")
         sys.path[:0] = [os.getcwd(), str(DATA.parent.parent)]         # targets of tests/, and of wherever this runs
         target = getattr(importlib.import_module(module), factory)(options.kernel, options.set)
+    if options.record:
+        return record(target, options)
     passed = failed = skipped = 0
     for row, reason, found in replay(target, options.kernel, options.set, options.only,
                                      frozenset() if options.all_tags else HARDWARE_TAGS):

@@ -5,6 +5,7 @@
 Exit status 0 if all agree.  A script that differs is shrunk and printed with both answers.
 """
 import argparse
+import signal
 import sys
 import time
 
@@ -24,6 +25,7 @@ def main():
     parser.add_argument("--lab", default=LAB, help="the kernel-lab program")
     options = parser.parse_args()
     start = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # so that the guest is ended too
 
     def progress(done, found):
         print(f"{done} sequences, {found} differences, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)

@@ -7,7 +7,8 @@ from .memory import ProcessMemory, ThisProcess
 
 class OracleTarget:
     def __init__(self, kernel):
-        groups = [Group(0, ["0000:00:10.0"]), Group(1, ["0000:00:11.0"]), Group(2, ["0000:01:01.0", "0000:01:02.0"]),
+        groups = [Group(0, ["0000:00:10.0"], coherent=False), Group(1, ["0000:00:11.0"], coherent=False),
+                  Group(2, ["0000:01:01.0", "0000:01:02.0"], coherent=False),
                   Group(9, ["83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"], emulated=True)]
         self.machine = Machine(kernel, groups, ProcessMemory(), ThisProcess(),
                                new_fd=lambda: os.open("/dev/null", os.O_RDWR), close_fd=os.close,
