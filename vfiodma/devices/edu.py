@@ -140,6 +140,8 @@ class EduDevice:
         elif offset == _IRQ_ACK:
             self._irq_status &= ~value
             self._update_irq(fresh=False)
+        elif offset == _DMA_COMMAND and not value & _RUN:
+            pass
         elif offset in self._dma and not self._dma[_DMA_COMMAND] & _RUN:
             self._dma[offset] = value
             if offset == _DMA_COMMAND:

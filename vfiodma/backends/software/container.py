@@ -26,7 +26,8 @@ class SoftwareContainer:
         try:
             container_fd = self._open("/dev/vfio/vfio")
             self._container = vfio._files[container_fd]
-            self._groups = [vfio._files[self._open(f"/dev/vfio/{number}")] for number in groups]
+            self._group_fds = tuple(self._open(f"/dev/vfio/{number}") for number in groups)
+            self._groups = [vfio._files[fd] for fd in self._group_fds]
             for group in self._groups:
                 group.set_container(container_fd)
             self._container.set_iommu(iommu_type)
@@ -58,6 +59,10 @@ class SoftwareContainer:
                 features.add("vaddr")
         return Capabilities("software", type1.pgsizes, frozenset(features), type1.dma_avail, type1.entry_limit,
                             _MAX_DIRTY_BITMAP)
+
+    def group_fds(self):
+        """Return the descriptors of the groups, for a hot reset; they stay the container's."""
+        return self._group_fds
 
     def open_device_fd(self, address):
         """Open a device of the container once more; the caller closes the descriptor with ``system.close``."""

@@ -102,7 +102,10 @@ class DeviceState:
             self.migration.reset()
 
     def close(self) -> None:
-        """The last descriptor is gone: everything that was set up goes."""
+        """The last descriptor is gone: DMA is cut off, and everything that was set up goes."""
+        if self.has_command:
+            command = self.device.region_read(_CONFIG, _COMMAND, 2)
+            self.device.region_write(_CONFIG, _COMMAND, bytes([command[0] & ~_MASTER, command[1]]))
         if hasattr(self.device, "set_irq_sink"):
             self.device.set_irq_sink(None)
         self.ioeventfds.close()
