@@ -192,6 +192,26 @@ def test_a_report_may_have_pages_of_another_size(logging, wanted, bits):
     assert report(logging, IOVA, 32 * PAGE, wanted) == bits
 
 
+def test_a_report_may_cover_everything(logging):
+    start(logging, (IOVA, PAGE), (IOVA + 40 * PAGE, 8 * PAGE))
+    logging.device.port.write(IOVA + 41 * PAGE, b"x")
+    logging.device.port.write(IOVA, b"x")
+    huge = 1 << 62
+    assert report(logging, 0, (1 << 63) - PAGE, huge, (ctypes.c_uint64 * 1)()) == 1
+    logging.device.port.write(IOVA + 47 * PAGE, b"x")
+    with pages(1 << 10) as (memory, vaddr):
+        logging.get(LOG_REPORT, struct.pack("=QQQQ", 0, 1 << 34, PAGE, vaddr))
+        assert int.from_bytes(memory[:], "little") == 1 << IOVA // PAGE + 47
+
+
+def test_a_report_of_a_part_of_a_page_tells_of_the_page(logging):
+    start(logging, (IOVA, 4 * PAGE))
+    logging.device.port.write(IOVA + 8, b"x")
+    assert report(logging, IOVA, 0) == 0
+    assert report(logging, IOVA, 1) == 1
+    assert report(logging, IOVA, 1) == 0
+
+
 def test_ranges_that_can_not_be_right(logging):
     with fails(errno.EINVAL):
         start(logging)
@@ -227,7 +247,7 @@ def test_a_bad_bitmap_loses_no_bits(logging):
     with fails(errno.EFAULT):
         logging.get(LOG_REPORT, struct.pack("=QQQQ", IOVA, PAGE, PAGE, 16))
     for iova, length, page_size, code in ((IOVA, PAGE, 2048, errno.EINVAL), (IOVA, 3 * PAGE, 3 * PAGE, errno.EINVAL),
-                                          (IOVA, 0, PAGE, errno.EINVAL),
+                                          (IOVA + 1, PAGE, PAGE, errno.EINVAL),
                                           ((1 << 64) - PAGE, PAGE, PAGE, errno.EOVERFLOW)):
         with fails(code):
             report(logging, iova, length, page_size, (ctypes.c_uint64 * 1)())

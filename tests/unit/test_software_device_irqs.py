@@ -358,3 +358,49 @@ def test_closing_the_last_descriptor_lets_everything_go():
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
     os.close(fd)
     os.close(unmask)
+
+
+def test_a_device_may_raise_interrupts_while_its_user_changes_them(card, eventfd):
+    sink, ending, raised = card.device.sink, threading.Event(), []
+
+    def device():
+        while not ending.is_set():
+            for index in range(5):
+                sink.trigger(index)
+                sink.enabled(index)
+            sink.lower()
+            raised.append(1)
+
+    thread = threading.Thread(target=device)
+    thread.start()
+    try:
+        while len(raised) < 50:
+            for index in (INTX, MSI, MSIX, REQ):
+                card.set_irqs(EVENTFD | TRIGGER, index, 0, 1, word(eventfd))
+                card.set_irqs(NONE | TRIGGER, index, 0, 0)
+    finally:
+        ending.set()
+        thread.join()
+    drain(eventfd)
+    sink.trigger(MSI)
+    assert drain(eventfd) == 0
+
+
+def test_an_eventfd_can_have_the_device_raise_an_interrupt(eventfd):
+    doorbell, answer = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0)
+    with opened(EduDevice("0000:00:10.0")) as device:
+        device.set_irqs(EVENTFD | TRIGGER, INTX, 0, 1, word(answer))
+        device.set_irqs(EVENTFD | UNMASK, INTX, 0, 1, word(eventfd))
+        request = struct.pack("=IIQQiI", 32, 4, 0x60, 1, doorbell, 0)
+        device.ioctl(abi.VFIO_DEVICE_IOEVENTFD, request)
+        for _ in range(20):
+            os.eventfd_write(doorbell, 1)
+            assert os.eventfd_read(answer) == 1                 # waits
+            device.vfio.pwrite(device.fd, struct.pack("=I", 1), 0x64)
+            device.set_irqs(NONE | UNMASK, INTX, 0, 1)
+        os.eventfd_write(doorbell, 1)
+        assert os.eventfd_read(answer) == 1
+        os.eventfd_write(eventfd, 1)
+        assert os.eventfd_read(answer) == 1                     # still raised
+    for fd in (doorbell, answer):
+        os.close(fd)

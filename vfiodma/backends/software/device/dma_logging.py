@@ -10,6 +10,7 @@ from .state import DeviceState
 _PAGE = 4096
 _MAX_RANGES = _PAGE // 16
 _TOP = 1 << 64
+_CHUNK = 1 << 18          # bits that are handled at once
 
 
 def _aligned(value: int, page_size: int) -> bool:
@@ -54,8 +55,9 @@ def start(state: DeviceState, op: int, data: int) -> None:
     ranges = _read_ranges(control["ranges"], control["num_ranges"], control["page_size"])
     page_size = max(_PAGE, 1 << max(0, control["page_size"] - 1).bit_length())
     with state.lock:
-        state.port.start_logging(_in_pages(ranges, page_size), page_size)
-        state.log_page_size = page_size
+        logged = _in_pages(ranges, page_size)
+        state.port.start_logging(logged, page_size)
+        state.log_page_size, state.log_ranges = page_size, logged
         try:
             write_memory(data, layout.pack(**control | {"page_size": page_size}))
         except OSError:
@@ -77,28 +79,37 @@ def report(state: DeviceState, op: int, data: int) -> None:
         raise error(errno.EINVAL, "dma_logging_report", hint="page_size is a power of two of at least 4096")
     if iova + length >= _TOP:
         raise error(errno.EOVERFLOW, "dma_logging_report", iova, length)
-    if not length or not state.port.logging:
-        raise error(errno.EINVAL, "dma_logging_report", iova, length, "no bytes, or the log is off")
-    size = (-(-length // page_size) + 7) // 8
+    if not state.port.logging:
+        raise error(errno.EINVAL, "dma_logging_report", iova, length, "the log is off")
     with state.lock:
         own = state.log_page_size
-        # Writing back what was there finds a bad bitmap before bits are taken out of the log.
-        bits = int.from_bytes(before := read_memory(bitmap, size), "little")
-        write_memory(bitmap, before)
-        words = bytearray((length // own + 63) // 64 * 8)
-        state.port.harvest(iova, length, words)
-        found = int.from_bytes(words, "little")
-        write_memory(bitmap, (bits | _rescale(found, own, page_size, length)).to_bytes(size, "little"))
+        if iova % own:
+            raise error(errno.EINVAL, "dma_logging_report", iova, length, f"pages of the log have {own:#x} bytes")
+        read_memory(bitmap, min(_PAGE, (-(-length // page_size) + 7) // 8))
+        # Only where something is logged: a report may cover all addresses there are.
+        end = iova + -(-length // own) * own
+        step = max(own, min(own, page_size) * _CHUNK)
+        for start, size in state.log_ranges:
+            for at in range(max(start, iova), min(start + size, end), step):
+                _report_chunk(state, iova, at, min(at + step, start + size, end), page_size, bitmap)
 
 
-def _rescale(bits: int, own: int, wanted: int, length: int) -> int:
-    """Turn bits of the log's page size into bits of the caller's."""
-    if own == wanted:
-        return bits
-    result = 0
-    while bits:
-        place = (bits & -bits).bit_length() - 1
-        bits &= bits - 1
-        first, last = place * own // wanted, min((place + 1) * own, length) - 1
-        result |= (1 << last // wanted + 1) - (1 << first)
-    return result
+def _report_chunk(state: DeviceState, iova: int, at: int, end: int, page_size: int, bitmap: int) -> None:
+    """Report the pages of the log in [at, end); ``iova`` is where the bitmap begins."""
+    own, low, high = state.log_page_size, (at - iova) // page_size, (end - 1 - iova) // page_size
+    place, size = bitmap + low // 8, high // 8 - low // 8 + 1
+    # Writing back what was there finds a bad bitmap before bits are taken out of the log.
+    before = read_memory(place, size)
+    write_memory(place, before)
+    words = bytearray(((end - at) // own + 63) // 64 * 8)
+    state.port.harvest(at, end - at, words)
+    found, bits = int.from_bytes(words, "little"), int.from_bytes(before, "little")
+    if own == page_size:
+        bits |= found << low % 8
+    else:
+        while found:
+            page = at - iova + ((found & -found).bit_length() - 1) * own
+            found &= found - 1
+            first, last = page // page_size, (page + own - 1) // page_size
+            bits |= (1 << min(last, high) - low // 8 * 8 + 1) - (1 << first - low // 8 * 8)
+    write_memory(place, bits.to_bytes(size, "little"))

@@ -44,7 +44,8 @@ class DeviceState:
             and optional.migration is not None and self.at_least("6.1") else None
         self.asleep = False                 # LOW_POWER_ENTRY was done
         self.wakeup: Any = None             # the Eventfd that tells of the device's waking
-        self.log_page_size = 0
+        self.log_page_size = 0              # of the DMA log, with the (iova, size) that it covers
+        self.log_ranges: list[tuple[int, int]] = []
         self.has_command = False
         self._enable()
         if hasattr(device, "set_irq_sink"):
