@@ -188,3 +188,21 @@ def test_a_migratable_edu_device_can_be_reset_and_keeps_its_bar():
         device.ioctl(abi.VFIO_DEVICE_RESET)
         assert vfio.pread(fd, 4, 7 << 40 | 0x10) == struct.pack("=I", 0xFEA00000)
         assert vfio.pread(fd, 4, 0x04) == bytes(4)
+
+
+def test_a_device_that_fails_to_open_is_disconnected():
+    def refuse(sink):
+        if sink is not None:
+            raise RuntimeError("no interrupts today")
+    card = Card(set_irq_sink=refuse)
+    vfio = SoftwareVfio(groups=[SoftwareGroup(0, [card])], memlock_limit=None)
+    with pytest.raises(RuntimeError):
+        vfio.container()
+    assert card.port is None and not vfio._files
+    iommufd, fd = vfio.open("/dev/iommu"), vfio.open("/dev/vfio/devices/vfio0")
+    request = ctypes.create_string_buffer(struct.pack("=IIiIQ", 24, 0, iommufd, 0, 0))
+    with pytest.raises(RuntimeError):
+        vfio.ioctl(fd, abi.VFIO_DEVICE_BIND_IOMMUFD, ctypes.addressof(request))
+    assert card.port is None
+    vfio.close(fd)
+    vfio.close(iommufd)

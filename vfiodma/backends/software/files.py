@@ -9,7 +9,7 @@ from ..._core.memory import read_memory, write_memory
 from ..._core.type1 import VERSIONS, IommuGroup, Type1, extension
 from ...errors import VfioError
 from ...uapi import vfio as abi
-from .device import DeviceState, device_ioctl, device_mmap, device_pread, device_pwrite
+from .device import close_device, device_ioctl, device_mmap, device_pread, device_pwrite, open_device
 
 _PAGE = 4096
 
@@ -207,8 +207,7 @@ class Group:
         path = self.container.connect(self, device)
         port = DmaPort(path, device.address)
         try:
-            device.connect(port)
-            self.states[device.address] = DeviceState(self, device, port)
+            open_device(self, device, port)
         except BaseException:
             port.disconnect()
             self.container.disconnect(self, device, path)
@@ -222,8 +221,7 @@ class Group:
             return
         del self.open_devices[device.address]
         try:
-            self.states.pop(device.address).close()
-            device.disconnect()
+            close_device(self, device)
         finally:
             self.ports.pop(device.address).disconnect()
             self.container.disconnect(self, device, self.paths.pop(device.address))

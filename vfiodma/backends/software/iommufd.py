@@ -11,7 +11,7 @@ from ..._core.memory import read_memory, write_memory
 from ..._core.type1 import VERSIONS
 from ...uapi import iommufd as abi
 from ...uapi import vfio
-from .device import DeviceState
+from .device import close_device, open_device
 from .files import DeviceFile
 
 # Capability registers of an emulated VT-d unit, and the bits of what it may lack.
@@ -226,13 +226,11 @@ class CdevFile(DeviceFile):
         path = bind(iommufd.context, group, self.device)
         port = DmaPort(path, self.device.address)
         try:
-            self.device.connect(port)
-            group.states[self.device.address] = DeviceState(group, self.device, port)
+            open_device(group, self.device, port)
             write_memory(arg + 12, struct.pack("=I", path.id))
         except BaseException:
-            state = group.states.pop(self.device.address, None)
-            if state is not None:
-                state.close()
+            if self.device.address in group.states:
+                close_device(group, self.device)
             port.disconnect()
             path.unbind()
             raise
@@ -272,8 +270,7 @@ class CdevFile(DeviceFile):
         del self.group.cdevs[self.device.address]
         del self.group.ports[self.device.address]
         try:
-            self.group.states.pop(self.device.address).close()
-            self.device.disconnect()
+            close_device(self.group, self.device)
         finally:
             self.port.disconnect()
             self.path.unbind()

@@ -41,8 +41,8 @@ class Eventfd:
     def __init__(self, fd: int, operation: str) -> None:
         try:
             self.fd = os.dup(fd)
-        except OSError:
-            raise error(errno.EBADF, operation, hint=f"descriptor {fd} is not open") from None
+        except OSError as exc:      # EMFILE: holding it takes a descriptor here
+            raise error(exc.errno or errno.EBADF, operation, hint=f"descriptor {fd}: {exc.strerror}") from None
         if os.readlink(f"/proc/self/fd/{self.fd}") != "anon_inode:[eventfd]":
             self.close()
             raise error(errno.EINVAL, operation, hint=f"descriptor {fd} is not an eventfd")

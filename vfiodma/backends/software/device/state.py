@@ -115,3 +115,21 @@ class DeviceState:
         if self.migration is not None:
             self.migration.close()
         self.leave_low_power()
+
+
+def open_device(group: Any, device: SoftwareDevice, port: DmaPort) -> None:
+    """The first descriptor of a device was opened: connect it, and keep its state with its group."""
+    device.connect(port)
+    try:
+        group.states[device.address] = DeviceState(group, device, port)
+    except BaseException:
+        device.disconnect()
+        raise
+
+
+def close_device(group: Any, device: SoftwareDevice) -> None:
+    """Its last descriptor is gone."""
+    try:
+        group.states.pop(device.address).close()
+    finally:
+        device.disconnect()
