@@ -93,7 +93,7 @@ def test_page_ranges_lie_in_the_ranges(drawn, _):
 
 @given(mappings(vaddr=0x70000, size=5 * PAGE))
 def test_mappings_lie_in_the_memory(mapping):
-    assert 0x70000 <= mapping.vaddr and mapping.vaddr + mapping.size <= 0x75000
+    assert mapping.vaddr >= 0x70000 and mapping.vaddr + mapping.size <= 0x75000
     assert mapping.prot in (Prot.READ, Prot.WRITE, Prot.RW)
 
 

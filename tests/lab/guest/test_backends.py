@@ -21,6 +21,7 @@ class OnKernel(BackendConformance):
     charges_locked_memory = True
 
 
+@pytest.mark.short
 class TestType1(OnKernel):
     def open_backend(self):
         return Type1Container([EDU])

@@ -1,0 +1,97 @@
+"""Mapping and unmapping through the Type1 backend, beside the bare ioctls in C and from ctypes, on the running kernel.
+
+Runs in a guest of the kernel lab:
+    tests/lab/kernel-lab --kernel 6.12 -- .venv/bin/python -m pytest benchmarks/test_type1_kernel.py
+The program in C is compiled by whoever runs this first, into build/; on the host that is faster.
+"""
+import ctypes
+import fcntl
+import os
+import pathlib
+import statistics
+import subprocess
+import time
+from itertools import repeat
+
+import pytest
+
+from vfiodma import GuestMemory, Type1Container
+from vfiodma.uapi import vfio as abi
+
+ROOT = pathlib.Path(__file__).parents[1]
+EDU = "0000:00:10.0"
+IOVA, PAGE = 0x100000, 4096
+ROUNDS = 60
+LIMIT_C = 1.15              # of the pair in C
+LIMIT_CTYPES = 0.5          # of the pair from ctypes
+
+
+class Map(ctypes.Structure):
+    _fields_ = [("argsz", ctypes.c_uint32), ("flags", ctypes.c_uint32),
+                ("vaddr", ctypes.c_uint64), ("iova", ctypes.c_uint64), ("size", ctypes.c_uint64)]
+
+
+class Unmap(ctypes.Structure):
+    _fields_ = [("argsz", ctypes.c_uint32), ("flags", ctypes.c_uint32),
+                ("iova", ctypes.c_uint64), ("size", ctypes.c_uint64)]
+
+
+def compiled():
+    """Return the peer in C as a library, compiled if it is older than its source."""
+    source = ROOT / "benchmarks/peers/type1_pair.c"
+    library = ROOT / "build/peers/type1_pair.so"
+    if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", source, "-o", library], check=True)
+    pairs = ctypes.CDLL(str(library)).type1_pairs
+    pairs.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint]
+    pairs.restype = ctypes.c_uint64
+    return pairs
+
+
+def in_backend(container, vaddr, size, count):
+    map_dma, unmap_dma = container.map_dma, container.unmap_dma
+    start = time.perf_counter_ns()
+    for _ in repeat(None, count):
+        map_dma(IOVA, vaddr, size, 3)
+        unmap_dma(IOVA, size)
+    return time.perf_counter_ns() - start
+
+
+def in_ctypes(fd, vaddr, size, count):
+    ioctl = fcntl.ioctl
+    start = time.perf_counter_ns()
+    for _ in repeat(None, count):
+        ioctl(fd, abi.VFIO_IOMMU_MAP_DMA, Map(ctypes.sizeof(Map), 3, vaddr, IOVA, size))
+        request = Unmap(ctypes.sizeof(Unmap), 0, IOVA, size)
+        ioctl(fd, abi.VFIO_IOMMU_UNMAP_DMA, request)
+        assert request.size == size
+    return time.perf_counter_ns() - start
+
+
+@pytest.mark.skipif("KERNEL_LAB" not in os.environ, reason="runs in a guest of the kernel lab")
+@pytest.mark.parametrize(("size", "count"), [(PAGE, 100), (1 << 20, 20)], ids=["a page", "1 MiB"])
+def test_one_mapping_comes_and_goes(benchmark, size, count):
+    """Medians of rounds that take turns, so that what else goes on meets all three alike."""
+    pairs = compiled()
+    with GuestMemory.memfd(size) as memory, Type1Container([EDU]) as container:
+        vaddr = memory.region.vaddr
+        memory.write(0, bytes(size))
+        turns = {"c": lambda: pairs(container.fd, IOVA, vaddr, size, count),
+                 "own": lambda: in_backend(container, vaddr, size, count),
+                 "ctypes": lambda: in_ctypes(container.fd, vaddr, size, count)}
+        for turn in turns.values():
+            assert turn() > 0
+        times = {name: [] for name in turns}
+        for _ in range(ROUNDS):
+            for name, turn in turns.items():
+                times[name].append(turn() / count)
+    benchmark.pedantic(lambda: None)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    to_c, to_ctypes = median["own"] / median["c"], median["own"] / median["ctypes"]
+    benchmark.extra_info.update(
+        kernel=os.uname().release, own_ns=round(median["own"]), c_ns=round(median["c"]),
+        ctypes_ns=round(median["ctypes"]), ratio_c=round(to_c, 3), limit_c=LIMIT_C, ratio_ctypes=round(to_ctypes, 3),
+        limit_ctypes=LIMIT_CTYPES)
+    assert to_c <= LIMIT_C
+    assert to_ctypes <= LIMIT_CTYPES or size > PAGE, "with more pages the kernel's share grows"
