@@ -49,22 +49,22 @@ def compiled():
     return pairs
 
 
-def in_backend(container, vaddr, size, count):
+def in_backend(container, iova, vaddr, size, count):
     map_dma, unmap_dma = container.map_dma, container.unmap_dma
     start = time.perf_counter_ns()
     for _ in repeat(None, count):
-        map_dma(IOVA, vaddr, size, 3)
-        unmap_dma(IOVA, size)
+        map_dma(iova, vaddr, size, 3)
+        unmap_dma(iova, size)
     return time.perf_counter_ns() - start
 
 
-def in_ctypes(fd, vaddr, size, count):
-    ioctl = fcntl.ioctl
+def in_ctypes(fd, iova, vaddr, size, count):
+    ioctl, map_dma, unmap_dma = fcntl.ioctl, abi.VFIO_IOMMU_MAP_DMA, abi.VFIO_IOMMU_UNMAP_DMA
     start = time.perf_counter_ns()
     for _ in repeat(None, count):
-        ioctl(fd, abi.VFIO_IOMMU_MAP_DMA, Map(ctypes.sizeof(Map), 3, vaddr, IOVA, size))
-        request = Unmap(ctypes.sizeof(Unmap), 0, IOVA, size)
-        ioctl(fd, abi.VFIO_IOMMU_UNMAP_DMA, request)
+        ioctl(fd, map_dma, Map(argsz=ctypes.sizeof(Map), flags=3, vaddr=vaddr, iova=iova, size=size))
+        request = Unmap(argsz=ctypes.sizeof(Unmap), iova=iova, size=size)
+        ioctl(fd, unmap_dma, request)
         assert request.size == size
     return time.perf_counter_ns() - start
 
@@ -78,8 +78,8 @@ def test_one_mapping_comes_and_goes(benchmark, size, count):
         vaddr = memory.region.vaddr
         memory.write(0, bytes(size))
         turns = {"c": lambda: pairs(container.fd, IOVA, vaddr, size, count),
-                 "own": lambda: in_backend(container, vaddr, size, count),
-                 "ctypes": lambda: in_ctypes(container.fd, vaddr, size, count)}
+                 "own": lambda: in_backend(container, IOVA, vaddr, size, count),
+                 "ctypes": lambda: in_ctypes(container.fd, IOVA, vaddr, size, count)}
         for turn in turns.values():
             assert turn() > 0
         times = {name: [] for name in turns}

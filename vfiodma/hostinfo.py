@@ -227,10 +227,11 @@ def device_location(address: str, root: Path | str = "/") -> DeviceLocation:
     group = (place / "iommu_group").resolve()
     noiommu = _text(group / "name") == "vfio-noiommu"
     members = {name: _device(group / "devices" / name).driver for name in _names(group / "devices")}
+    members.pop(address, None)
     cdevs = _names(place / "vfio-dev")
     return DeviceLocation(
         address, int(group.name), f"/dev/vfio/{'noiommu-' if noiommu else ''}{group.name}",
-        f"/dev/vfio/devices/{cdevs[0]}" if cdevs else None, noiommu, members.pop(address, None), tuple(members.items()))
+        f"/dev/vfio/devices/{cdevs[0]}" if cdevs else None, noiommu, _device(place).driver, tuple(members.items()))
 
 
 def huge_pages(root: Path | str = "/") -> tuple[HugePages, ...]:

@@ -1,6 +1,7 @@
 """Typed ioctls on a descriptor: of the running kernel, or of a software VFIO in this process.
 
-Arguments are built on the C stack; with the running kernel the GIL is released for every call.
+Arguments are built on the C stack; with the running kernel the GIL is released for every call, where there is another
+thread to take it.
 """
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer
 from cpython.exc cimport PyErr_CheckSignals
@@ -18,6 +19,22 @@ from .uapi cimport (
 
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int fd, unsigned long request, void *arg)
+
+cdef extern from *:
+    """
+    /* Whether no other thread of Python can be waiting for the GIL, so that letting go of it gains nothing. */
+    static inline int kernel_only_thread(void)
+    {
+    #ifdef Py_GIL_DISABLED
+        return 0;
+    #else
+        PyInterpreterState *interpreter = PyInterpreterState_Head();
+        PyThreadState *thread = PyInterpreterState_ThreadHead(interpreter);
+        return !PyInterpreterState_Next(interpreter) && thread && !PyThreadState_Next(thread);
+    #endif
+    }
+    """
+    bint kernel_only_thread() noexcept nogil
 
 cdef enum:
     EAGAIN_TRIES = 1000             # of a millisecond each: a lock of the device that somebody holds for long is EAGAIN
@@ -58,9 +75,13 @@ cdef class Descriptor:
             except OSError as exc:
                 return -<long> exc.errno
         while True:
-            with nogil:
+            if kernel_only_thread():
                 result = ioctl(fd, request, arg)
                 err = errno
+            else:
+                with nogil:
+                    result = ioctl(fd, request, arg)
+                    err = errno
             if result >= 0:
                 return result
             if err == EINTR:
