@@ -57,7 +57,7 @@ lab-short: build
 
 lab: build
 	$(BIN)/python tests/lab/run_guests.py $(LAB_ARGS) $(LAB_KERNELS) $(if $(PYTEST),-- $(PYTEST))
-	$(if $(PYTEST),,$(BIN)/python -m pytest -rs tests/lab/test_differential.py)
+	$(if $(PYTEST)$(LAB_KERNELS),,$(BIN)/python -m pytest -rs tests/lab/test_differential.py)
 
 # Random scripts played by a real kernel and by the model; FUZZ="--kernel 7.2 --sequences 500 --seed 3".
 fuzz: build
