@@ -41,8 +41,14 @@ def parts(rows):
     return list(dict.fromkeys(map(part, rows)))
 
 
+#: The mock IOMMU of 7.2 reports a block of physically contiguous pages as one: the answer depends on where pages lie.
+BY_CHANCE = {("7.2", "mock/dirty-page-sizes")}
+
+
 def possible(row):
     """Tell whether this boot is the one that a scenario was recorded in."""
+    if (RELEASE, row["name"]) in BY_CHANCE:
+        return False
     if "mock" not in row["tags"]:
         return IOMMU
     return RELEASE != "6.12" or not IOMMU       # 6.12 has the mock IOMMU only without a real one
