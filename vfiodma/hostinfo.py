@@ -58,6 +58,16 @@ class Device:
     ids: str                    #: "vendor:device" of a PCI device, else empty
 
 
+def is_vfio(driver: str | None) -> bool:
+    """Tell whether a driver hands its devices to VFIO: vfio-pci, and the variants for one device (mlx5_vfio_pci)."""
+    return driver is not None and "vfio" in driver
+
+
+def holds_group(driver: str | None) -> bool:
+    """Tell whether a device that is bound to the driver keeps its group from being used."""
+    return driver is not None and not is_vfio(driver) and driver not in {"pci-stub", "pcieport"}
+
+
 @dataclass(frozen=True)
 class Group:
     """An IOMMU group: the smallest set of devices that can be handed out."""
@@ -70,8 +80,7 @@ class Group:
     @property
     def viable(self) -> bool:
         """Whether no device of it is in a host driver's hands."""
-        return all(d.driver is None or d.driver.startswith("vfio") or d.driver in {"pci-stub", "pcieport"}
-                   for d in self.devices)
+        return not any(holds_group(d.driver) for d in self.devices)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from ._core.errno import error
 from ._core.kernel import Descriptor
 from .errors import VfioError
-from .hostinfo import device_location
+from .hostinfo import device_location, holds_group, is_vfio
 from .types import DeviceLocation, Prot
 
 _MODULES = {"/dev/vfio/vfio": "vfio-pci (and vfio_iommu_type1)",
@@ -110,12 +110,11 @@ def refuse_unbound(location: DeviceLocation, *, noiommu: bool) -> None:
     if location.noiommu and not noiommu:
         raise error(errno.EPERM, "open_device", hint=f"{location.address} is in a no-IOMMU group: it can reach all of "
                     "memory; pass noiommu=True to take that risk")
-    if location.driver is None or not location.driver.startswith("vfio"):
+    if not is_vfio(location.driver):
         now = f"bound to {location.driver}" if location.driver else "not bound to a driver"
         raise error(errno.ENODEV, "open_device", hint=f"{location.address} is {now}: bind it to vfio-pci "
                     f"(driverctl set-override {location.address} vfio-pci)")
-    taken = [f"{address} ({driver})" for address, driver in location.siblings
-             if driver and not driver.startswith("vfio") and driver not in ("pci-stub", "pcieport")]
+    taken = [f"{address} ({driver})" for address, driver in location.siblings if holds_group(driver)]
     if taken:
         raise error(errno.EBUSY, "open_device", hint=f"group {location.group} of {location.address} is not viable: "
                     f"unbind, or bind to vfio-pci, its other devices: {', '.join(taken)}")

@@ -440,6 +440,19 @@ def test_a_failed_unmap_keeps_what_is_known_of_the_areas(system, container, span
     assert container.areas() == [(0x10000, 2 * PAGE), (0x20000, PAGE)]
 
 
+def test_what_another_thread_maps_right_after_an_unmap_of_everything_stays_known(system, container):
+    container.map_many(rows([0x10000, 0, PAGE, 3], [EVERYTHING - PAGE + 1, 0, PAGE, 3]))
+    original = system.do_iommu_ioas_unmap
+
+    def overtaken(fields):
+        answer = original(fields)
+        container.map_dma(0x20000, 0, PAGE, 3)
+        return answer
+    system.do_iommu_ioas_unmap = overtaken
+    container.unmap_all()
+    assert container.areas() == [(0x20000, PAGE)]
+
+
 def test_areas_that_others_unmapped_are_forgotten_when_their_place_is_taken(system, container):
     container.map_many(rows([0x10000, 0, 2 * PAGE, 3], [0x12000, 0, PAGE, 3], [0x20000, 0, PAGE, 3]))
     system.areas.clear()

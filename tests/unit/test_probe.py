@@ -72,6 +72,12 @@ def test_group_bound_to_vfio_with_its_node_is_usable(host):
     assert told(host[1])["group 7"].ok is True
 
 
+def test_the_vfio_driver_of_a_single_device_is_one(host):
+    add_device(host, 7, "0000:01:00.0", "mlx5_vfio_pci")
+    host[0]("dev/vfio/7")
+    assert told(host[1])["group 7"].ok is True
+
+
 def test_groups_are_ordered_by_number(host):
     for number in (10, 9, 100):
         add_device(host, number, f"0000:{number}:00.0")

@@ -10,6 +10,8 @@ import pytest
 from ipc_lock import without_ipc_lock
 
 from vfiodma import SoftwareGroup, SoftwareVfio, VfioError
+from vfiodma._core.ioas_context import IommufdAccess, IommufdContext, IommufdDevice
+from vfiodma._core.type1 import IommuGroup
 from vfiodma.errors import ForkedError
 
 PAGE = 4096
@@ -152,6 +154,37 @@ def test_a_bound_device_keeps_a_closed_iommufd(door, memory):
     door.vfio.close(node)
     refused(errno.EBADF, door.vfio.ioctl, node, DETACH, 0)
     assert not door.vfio._files
+
+
+def test_a_context_that_is_closed_before_its_devices_goes_with_the_last_of_them(memory):
+    context = IommufdContext("6.12", -2)
+    group = IommuGroup(0, (0, (1 << 39) - 1), (), 0x40201000, False, True, True, False)
+    device, access = IommufdDevice(context, group), IommufdAccess(context)
+    number = context.compat_ioas()
+    device.attach(number)
+    access.attach(number)
+    context.close()
+    with pytest.raises(VfioError, match="closed"):
+        device.detach()
+    del device, access, context
+
+
+def test_marks_stay_within_their_area(door, memory):
+    ioas = door.alloc()
+    _, device = door.bind()
+    table = door.call(HWPT_ALLOC, "12I", 48, 2, device, ioas, *[0] * 8)[4]
+    door.call(SET_DIRTY, "IIII", 16, 1, table, 0)
+    for iova in (PAGE, 9 * PAGE):
+        door.map(ioas, iova, memory[1], 4 * PAGE)
+    context = door.vfio._files[door.fd].context
+    assert context.mark_dirty(table, PAGE, 0)
+    assert context.mark_dirty(table, 3 * PAGE, 1 << 62)
+    assert not context.mark_dirty(table, 5 * PAGE, PAGE)
+    bits = ctypes.c_uint64()
+    for iova, expected in ((PAGE, 0b1100), (9 * PAGE, 0)):
+        bits.value = 0
+        door.call(GET_DIRTY, "IIIIQQQQ", 48, table, 0, 0, iova, 4 * PAGE, PAGE, ctypes.addressof(bits))
+        assert bits.value == expected
 
 
 def test_a_closed_device_has_no_way_to_memory(door, memory):

@@ -160,6 +160,41 @@ def test_sources_have_page_sizes_of_their_own(setting, monkeypatch, pgsize):
     tracker.stop()
 
 
+def test_a_page_of_a_source_that_two_mappings_share_is_told_for_both_when_one_goes(setting, monkeypatch):
+    ioas, layout, ports, iovas = setting
+    source = Source(64 * PAGE)
+    monkeypatch.setattr(ioas.backend, "dirty_sources", lambda: [source])
+    assert iovas[1] % source.pgsize and iovas[1] == iovas[0] + 70 * PAGE
+    tracker = DirtyTracker(ioas, layout, cpu_writes="off")
+    tracker.start()
+    page = iovas[1] // source.pgsize
+    source.dirty.add(page)
+    ioas.unmap(iovas[1])
+    first = (page * source.pgsize - iovas[0]) // PAGE
+    assert first < 70 and harvested(tracker, layout) == list(range(first, first + 64))
+    tracker.stop()
+
+
+def test_a_mapping_of_less_than_a_page_of_the_bitmap_is_refused_and_not_missed(setting):
+    ioas, layout, ports, iovas = setting
+    with MemoryLayout(layout_memory(layout), 8 * PAGE) as coarse:
+        tracker = DirtyTracker(ioas, coarse, cpu_writes="off")
+        with pytest.raises(InvalidArgumentError, match="whole pages of 32768"):
+            tracker.start()
+        for iova in iovas[:2]:
+            ioas.unmap(iova)
+        tracker.start()
+        with pytest.raises(InvalidArgumentError, match="whole pages of 32768"):
+            ioas.map(coarse.blocks[0].region, size=PAGE)
+        ioas.map(coarse.blocks[0].region, size=16 * PAGE)
+        tracker.stop()
+
+
+def layout_memory(layout):
+    """The (gpa, region) pairs of a layout, for another one of them."""
+    return [(block.gpa, block.region) for block in layout.blocks]
+
+
 def test_a_source_that_forgets_at_an_unmap_counts_the_mapping_as_written(setting, monkeypatch):
     ioas, layout, ports, iovas = setting
     source = Source(PAGE, survives_unmap=False)

@@ -23,7 +23,7 @@ class Recorder:
         self.inner = inner
         self.opened = []
         self.calls = []
-        self.fail = {}              # request -> list of errnos, one for each call to come (0 = do it)
+        self.fail = {}              # request -> errnos or KeyboardInterrupt, for each call to come (0 = do it)
         self.location = None
 
     def open(self, path):
@@ -39,6 +39,8 @@ class Recorder:
         self.calls.append(request)
         planned = self.fail.get(request)
         code = planned.pop(0) if planned else 0
+        if code is KeyboardInterrupt:
+            raise code
         if code:
             raise OSError(code, os.strerror(code))
         return self.inner.ioctl(fd, request, arg)
@@ -160,6 +162,12 @@ def test_siblings_without_driver_or_bound_to_vfio_are_no_hindrance(system):
     Type1Container([ADDRESS], system=system).close()
 
 
+@pytest.mark.parametrize("driver", ["mlx5_vfio_pci", "hisi_acc_vfio_pci", "nvgrace_gpu_vfio_pci"])
+def test_the_vfio_drivers_of_single_devices_are_as_good_as_vfio_pci(system, driver):
+    system.location = location(driver=driver, siblings=(("0000:01:02.0", driver),))
+    Type1Container([ADDRESS], system=system).close()
+
+
 def test_a_group_that_is_open_is_ebusy(system, container):
     with pytest.raises(BusyError):
         Type1Container([ADDRESS], system=system)
@@ -205,6 +213,22 @@ def test_pieces_are_undone_when_one_of_them_fails(system, container, memory, suc
         container.map_dma(0x100000, vaddr(memory), 64 * PAGE, 3)
     assert (caught.value.iova, caught.value.size) == (0x100000, 64 * PAGE)
     assert container.capabilities().dma_avail == 65535
+
+
+def test_a_signal_between_pieces_or_entries_undoes_those_before(system, container, memory):
+    rows = np.array([[0x100000 + i * PAGE, vaddr(memory) + i * PAGE, PAGE, 3] for i in range(8)], np.uint64)
+    container.max_map_size = 16 * PAGE
+    for call in (lambda: container.map_dma(0x100000, vaddr(memory), 64 * PAGE, 3), lambda: container.map_many(rows)):
+        system.fail[abi.VFIO_IOMMU_MAP_DMA] = [0, 0, KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        assert container.capabilities().dma_avail == 65535
+    container.map_many(rows)
+    container.invalidate_vaddr()
+    system.fail[abi.VFIO_IOMMU_MAP_DMA] = [0, 0, KeyboardInterrupt]
+    with pytest.raises(KeyboardInterrupt):
+        container.update_vaddr_many(rows[:, :3].copy())
+    container.update_vaddr_many(rows[:, :3].copy())             # all are invalid still
 
 
 def test_pieces_that_would_wrap_are_einval_before_anything_is_mapped(system, container, memory):

@@ -13,6 +13,7 @@ cdef class IommufdContext:
     cdef readonly str kernel
 
     cdef void free_objects(self) noexcept nogil
+    cdef bint has_devices(self) noexcept nogil
     cdef int check_process(self, str operation) except -1
     cdef int enter(self, str operation) except -1
     cdef void leave(self) noexcept nogil

@@ -25,7 +25,7 @@ from .ioas_ioctl cimport NEEDS_DESCRIPTOR, iommufd_ioctl
 from .ioas_objects cimport object_add, object_remove
 from .ioas_pages cimport forget_user_charges
 from .ioas_state cimport (
-    FAULT_QUEUE, HWPT, IOAS, OTHER, area_at, area_t, hwpt_t, ioas_t, object_of,
+    ACCESS, DEVICE, FAULT_QUEUE, HWPT, IOAS, OTHER, area_at, area_t, hwpt_t, ioas_t, object_of,
 )
 from .state cimport (
     PS, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
@@ -113,6 +113,13 @@ cdef class IommufdContext:
                 ioas_free(<ioas_t *> self.c.objects[i].data)
                 object_remove(&self.c, i)
         self.c.vfio_ioas = NULL
+
+    cdef bint has_devices(self) noexcept nogil:
+        cdef size_t i
+        for i in range(self.c.room):
+            if self.c.objects[i].kind == DEVICE or self.c.objects[i].kind == ACCESS:
+                return True
+        return False
 
     # ---- the lock
 
@@ -226,7 +233,7 @@ cdef class IommufdContext:
         return number
 
     def mark_dirty(self, uint32_t hwpt, uint64_t iova, uint64_t size):
-        """Set dirty bits of a page table as a device's write does; return whether the address is mapped."""
+        """Set dirty bits of a page table as a write by a device does, in the area at ``iova``; return whether there is one."""
         cdef hwpt_t *table
         cdef area_t *area = NULL
         self.enter("mark_dirty")
@@ -234,21 +241,22 @@ cdef class IommufdContext:
         if table:
             pthread_rwlock_rdlock(&self.c.iotlb)
             area = area_at(table.ioas, iova)
-            if area:
-                dirty_mark(area, table, iova, size)
+            if area and size:
+                dirty_mark(area, table, iova, min(size - 1, area.last - iova) + 1)
             pthread_rwlock_unlock(&self.c.iotlb)
         self.leave()
         return area != NULL
 
     def close(self):
-        """Destroy every object, leaf first; no device may be bound any more.  Idempotent."""
+        """Destroy every object, leaf first; where a device is still bound, when it goes.  Idempotent."""
         self.check_process("close")
         if self.c.dead:
             return
         self.enter("close")
         with nogil:
-            # An unmap that waits for a device goes on with its address space: then the last reference frees it.
-            if not self.c.unmaps:
+            # An unmap that waits for a device goes on with its address space, and a bound device may be in one: then the
+            # last reference frees it.
+            if not self.c.unmaps and not self.has_devices():
                 self.free_objects()
             self.c.dead = True
             self.leave()

@@ -13,7 +13,7 @@ cdef class IoasIoctls:
     cdef long unmap_one(self, uint64_t iova, uint64_t size, uint64_t *unmapped) except? -1
     cdef long note(self, uint64_t iova, uint64_t size) except? -1
     cdef long note_copy(self, IoasIoctls source, uint64_t src, uint64_t size, uint64_t dst) except? -1
-    cdef long forget(self, uint64_t iova, uint64_t size) except? -1
+    cdef void forget(self, uint64_t iova, uint64_t last) noexcept
     cdef long unmap_area(self, uint64_t iova, uint64_t size, uint64_t *unmapped) except? -1
     cdef long unmap_range(self, uint64_t iova, uint64_t size, uint64_t *unmapped) except? -1
     cdef int fail(self, long err, str operation, object iova=*, object size=*, object entry=*) except -1

@@ -120,26 +120,22 @@ cdef class IoasIoctls:
             else:
                 last = min(entry.last, end)
             if self.note(dst + (at - src), last - at + 1) < 0:
-                self.forget(dst, size)
+                self.forget(dst, dst + (size - 1))
                 self.unmap_one(dst, size, &unmapped)
                 return -ENOMEM
             if last == end:
                 return 0
             at = last + 1
 
-    cdef long forget(self, uint64_t iova, uint64_t size) except? -1:
-        """Drop the notes wholly inside the range; return how many."""
+    cdef void forget(self, uint64_t iova, uint64_t last) noexcept:
+        """Drop the notes wholly inside the range."""
         cdef rangemap_entry entry
-        cdef uint64_t last = iova + size - 1
-        cdef long n = 0
         while rangemap_lower(self.noted, iova, &entry) and entry.last <= last:
             if entry.start >= iova:
                 rangemap_remove(self.noted, entry.start, NULL)
-                n += 1
             if entry.last == UINT64_MAX:
                 break
             iova = entry.last + 1
-        return n
 
     # ---- one ioctl
 
@@ -345,7 +341,8 @@ cdef class IoasIoctls:
 
     cdef long unmap_range(self, uint64_t iova, uint64_t size, uint64_t *unmapped) except? -1:
         """Unmap and forget all areas inside a range."""
-        cdef uint64_t last = iova + size - 1
+        # This size from 0 means everything, also the last byte.
+        cdef uint64_t last = iova + size - 1 if iova or size != UINT64_MAX else UINT64_MAX
         cdef rangemap_entry *saved
         cdef size_t n, i
         cdef long result
@@ -356,7 +353,7 @@ cdef class IoasIoctls:
         if saved == NULL:
             return -ENOMEM
         n = rangemap_copy(self.noted, iova, saved, n)
-        self.forget(iova, size)
+        self.forget(iova, last)
         result = -EINTR
         try:
             result = self.unmap_one(iova, size, unmapped)
@@ -408,7 +405,6 @@ cdef class IoasIoctls:
         cdef long result = self.unmap_range(0, UINT64_MAX, &unmapped)
         if result < 0:
             self.fail(result, "unmap_all")
-        rangemap_clear(self.noted)
         return unmapped
 
 

@@ -14,5 +14,6 @@ cdef class Type1Ioctls(Descriptor):
     cdef uint64_t piece(self, uint64_t done, uint64_t size) noexcept
     cdef long map_one(self, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags) except? -1
     cdef long map_pieces(self, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags) except? -1
+    cdef int map_rows(self, str operation, object entries, Py_ssize_t columns) except -1
     cdef long unmap_one(self, uint64_t iova, uint64_t size, uint32_t flags, uint64_t *unmapped) except? -1
     cdef long dirty(self, uint32_t flags) except? -1

@@ -92,6 +92,8 @@ cdef class Descriptor:
                 with nogil:
                     nanosleep(&pause, NULL)
                 PyErr_CheckSignals()
+                if self.fd != fd:           # closed meanwhile: the number may be somebody else's
+                    return -EBADF
             else:
                 return -err
 
@@ -198,21 +200,55 @@ cdef class Type1Ioctls(Descriptor):
     cdef long map_pieces(self, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags) except? -1:
         """Map, in pieces where it is too large for one; all of them, or none."""
         cdef uint64_t done = 0, piece, unmapped
-        cdef long result
+        cdef long result = -EINTR               # stays so when an exception goes through
         if size <= self.max_map_size:
             return self.map_one(iova, vaddr, size, flags)
-        if iova + size < iova or vaddr + size < vaddr:
+        if iova + (size - 1) < iova or vaddr + (size - 1) < vaddr:
             return -EINVAL
-        while done < size:
-            piece = self.piece(done, size)
-            result = self.map_one(iova + done, vaddr + done, piece, flags)
-            if result < 0:
-                while done:
-                    done -= self.max_map_size
-                    # The pieces of an address update become invalid again, as they were.
-                    self.unmap_one(iova + done, self.max_map_size, UNMAP_VADDR if flags == MAP_VADDR else 0, &unmapped)
-                return result
-            done += piece
+        try:
+            while done < size:
+                piece = self.piece(done, size)
+                result = -EINTR
+                result = self.map_one(iova + done, vaddr + done, piece, flags)
+                if result < 0:
+                    return result
+                done += piece
+        finally:
+            while result < 0 and done:
+                done -= self.max_map_size
+                # The pieces of an address update become invalid again, as they were.
+                self.unmap_one(iova + done, self.max_map_size, UNMAP_VADDR if flags == MAP_VADDR else 0, &unmapped)
+        return 0
+
+    cdef int map_rows(self, str operation, object entries, Py_ssize_t columns) except -1:
+        """Map rows of iova, vaddr, size, prot, or update vaddrs where there is no prot; all of them, or none."""
+        cdef uint32_t flags = MAP_VADDR
+        cdef Py_buffer view
+        cdef uint64_t *row
+        cdef uint64_t unmapped
+        cdef Py_ssize_t done = 0, n
+        cdef long result
+        acquire_rows(entries, &view, columns, &n, operation)
+        row = <uint64_t *> view.buf
+        try:
+            while done < n:
+                result = 0
+                if columns == 4:
+                    flags = <uint32_t> row[3]
+                    result = -EINVAL if row[3] - 1 > 2 else 0
+                if result == 0:
+                    result = self.map_pieces(row[0], row[1], row[2], flags)
+                if result < 0:
+                    self.fail(result, operation, row[0], row[2], done)
+                row += columns
+                done += 1
+        except BaseException:
+            for _ in range(done):
+                row -= columns
+                self.unmap_one(row[0], row[2], UNMAP_VADDR if columns == 3 else 0, &unmapped)
+            raise
+        finally:
+            PyBuffer_Release(&view)
         return 0
 
     def map_dma(self, iova, vaddr, size, prot):
@@ -244,23 +280,7 @@ cdef class Type1Ioctls(Descriptor):
 
     def map_many(self, entries):
         """Map an (n, 4) uint64 array of (iova, vaddr, size, prot): all of them, or none; the text of an error names the entry."""
-        cdef Py_buffer view
-        cdef uint64_t *row
-        cdef uint64_t unmapped
-        cdef Py_ssize_t i, n, done
-        cdef long result
-        acquire_rows(entries, &view, 4, &n, "map_many")
-        try:
-            row = <uint64_t *> view.buf
-            for i in range(n):
-                result = -EINVAL if row[i * 4 + 3] - 1 > 2 else self.map_pieces(
-                    row[i * 4], row[i * 4 + 1], row[i * 4 + 2], <uint32_t> row[i * 4 + 3])
-                if result < 0:
-                    for done in range(i):
-                        self.unmap_one(row[done * 4], row[done * 4 + 2], 0, &unmapped)
-                    self.fail(result, "map_many", row[i * 4], row[i * 4 + 2], i)
-        finally:
-            PyBuffer_Release(&view)
+        self.map_rows("map_many", entries, 4)
 
     def unmap_dma(self, iova, size):
         """Remove the mappings inside ``[iova, iova + size)``; return the bytes removed.
@@ -311,22 +331,7 @@ cdef class Type1Ioctls(Descriptor):
 
     def update_vaddr_many(self, entries):
         """update_vaddr for an (n, 3) uint64 array of (iova, vaddr, size): all of them, or none."""
-        cdef Py_buffer view
-        cdef uint64_t *row
-        cdef uint64_t unmapped
-        cdef Py_ssize_t i, n, done
-        cdef long result
-        acquire_rows(entries, &view, 3, &n, "update_vaddr_many")
-        try:
-            row = <uint64_t *> view.buf
-            for i in range(n):
-                result = self.map_pieces(row[i * 3], row[i * 3 + 1], row[i * 3 + 2], MAP_VADDR)
-                if result < 0:
-                    for done in range(i):
-                        self.unmap_one(row[done * 3], row[done * 3 + 2], UNMAP_VADDR, &unmapped)
-                    self.fail(result, "update_vaddr_many", row[i * 3], row[i * 3 + 2], i)
-        finally:
-            PyBuffer_Release(&view)
+        self.map_rows("update_vaddr_many", entries, 3)
 
     # ---- dirty tracking
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from ..hostinfo import HostInfo, read_host, vfio_driver
+from ..hostinfo import HostInfo, is_vfio, read_host, vfio_driver
 
 
 class Finding(NamedTuple):
@@ -56,7 +56,7 @@ def _groups(host: HostInfo) -> list[Finding]:
         ready = group.node.exists and group.viable
         advice = ""
         if not ready:
-            to_bind = [d for d in group.devices if not (d.driver or "").startswith("vfio")] or list(group.devices)
+            to_bind = [d for d in group.devices if not is_vfio(d.driver)] or list(group.devices)
             steps = "; ".join(f"driverctl set-override {d.address} {vfio_driver(d)}" for d in to_bind)
             advice = f"to use it, bind every device of the group to its VFIO driver: {steps}"
         elif not group.node.accessible:

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import logging
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from .._core.bitmap import DirtyBitmap
@@ -58,24 +59,26 @@ class _Source:
             ranges.append((start, end - start))
         return ranges
 
-    def harvest(self, windows: list[_Window], into: DirtyBitmap) -> int:
-        """OR what was written in the windows into a bitmap over guest memory."""
+    def harvest(self, windows: list[_Window], into: DirtyBitmap, neighbours: Iterable[_Window] = ()) -> int:
+        """OR what was written in the windows into a bitmap over guest memory; ``neighbours`` are all other windows."""
         covered = [window for window in windows if window not in self.uncovered]
         found = sum(_set(into, window) for window in windows if window in self.uncovered)
         if self.pgsize == into.pgsize:
             return found + sum(self._harvest_window(window, into) for window in covered)
         # Pages of another size may belong to two windows: they are read once, then handed to both.
+        others = [*covered, *(window for window in neighbours if window not in self.uncovered)]
         for iova, size in self._ranges(covered):
             own = DirtyBitmap(size // self.pgsize, self.pgsize)
             if not self.source.harvest(iova, size, own):
                 continue
             scaled = own.scale(into.pgsize)
-            for window in covered:
-                if iova <= window.iova < iova + size:
-                    part = DirtyBitmap(window.size // into.pgsize, into.pgsize)
-                    for first, count in _runs(scaled, (window.iova - iova) // into.pgsize, part.npages):
+            for window in others:
+                start, end = max(iova, window.iova), min(iova + size, window.iova + window.size)
+                if start < end:
+                    part = DirtyBitmap((end - start) // into.pgsize, into.pgsize)
+                    for first, count in _runs(scaled, (start - iova) // into.pgsize, part.npages):
                         part.set(first, count)
-                    found += part.harvest(into, window.first_bit)
+                    found += part.harvest(into, window.first_bit + (start - window.iova) // into.pgsize)
         return found
 
     def _harvest_window(self, window: _Window, into: DirtyBitmap) -> int:
@@ -191,7 +194,7 @@ class DirtyTracker:
         UnsupportedError
             EOPNOTSUPP: the backend knows of no writes, or the kernel can't watch those of the process.
         InvalidArgumentError
-            EINVAL: memory outside of the layout is mapped for writing.
+            EINVAL: memory outside of the layout, or less than a page of it, is mapped for writing.
         """
         if self._listener is not None:
             return
@@ -279,7 +282,7 @@ class DirtyTracker:
             return
         for source in self._sources:
             if source.survives_unmap:
-                source.harvest([window], self._left_over())
+                source.harvest([window], self._left_over(), self._windows.values())
             source.uncovered.discard(window)
 
     def _left_over(self) -> DirtyBitmap:
@@ -299,6 +302,9 @@ class DirtyTracker:
         for block in self.layout.blocks:
             offset = mapping.vaddr - block.region.vaddr
             if offset >= 0 and offset + mapping.size <= block.region.size:
+                if (offset | mapping.size) % self.layout.pgsize:
+                    break
                 return _Window(mapping.iova, mapping.size, block.first_bit + offset // self.layout.pgsize)
         raise error(errno.EINVAL, "track_dirty", mapping.iova, mapping.size,
-                    f"the memory at {mapping.vaddr:#x} is not part of what is migrated")
+                    f"the memory at {mapping.vaddr:#x} is not part of what is migrated, or not in whole pages of "
+                    f"{self.layout.pgsize} bytes")

@@ -66,9 +66,10 @@ class SoftwareContainer:
 
     def open_device_fd(self, address):
         """Open a device of the container once more; the caller closes the descriptor with ``system.close``."""
-        for group in self._groups:
-            if any(device.address == address for device in group.config.devices):
-                return group.get_device_fd(address)
+        with self.system._lock:
+            for group in self._groups:
+                if any(device.address == address for device in group.config.devices):
+                    return group.get_device_fd(address)
         raise error(errno.ENODEV, "group_get_device_fd", hint=f"{address} is not in a group of this container")
 
     @property
