@@ -395,7 +395,8 @@ def test_the_limit_of_locked_memory_is_enomem_and_a_list_is_undone(memory):
             ioas.map_many(rows[:2])
 
 
-# ---- without an IOMMU, or without its protection of interrupts: boots of their own
+# ---- without an IOMMU, or without its protection of interrupts: boots of their own.  `mock` marks those that run
+# where no IOMMU is.
 
 @pytest.mark.skipif(has_iommu and isolated, reason="needs a kernel booted with intremap=off")
 @pytest.mark.skipif(not has_iommu, reason="booted without an IOMMU")
@@ -426,16 +427,19 @@ def unprotected():
 
 
 @pytest.mark.skipif(has_iommu, reason="needs a kernel booted with intel_iommu=off")
+@pytest.mark.mock
 def test_a_device_without_an_iommu_is_enodev():
     refused(NoDeviceError, errno.ENODEV, "enable the IOMMU in the firmware", Type1Container, [EDU])
 
 
+@pytest.mark.mock
 def test_a_group_without_an_iommu_is_refused_unless_it_is_asked_for(unprotected):
     refused(DmaPermissionError, errno.EPERM, "noiommu=True", Type1Container, [EDU])
     if os.path.exists("/dev/iommu"):
         refused(DmaPermissionError, errno.EPERM, "noiommu=True", IommufdContainer, [EDU])
 
 
+@pytest.mark.mock
 def test_a_group_without_an_iommu_maps_nothing_but_opens_its_device(unprotected, memory):
     with Type1Container([EDU], noiommu=True) as container:
         assert container.noiommu and container.capabilities().features == frozenset()
@@ -446,6 +450,7 @@ def test_a_group_without_an_iommu_maps_nothing_but_opens_its_device(unprotected,
             assert EduDriver(device).factorial(5) == 120
 
 
+@pytest.mark.mock
 def test_a_group_without_an_iommu_needs_a_capability(unprotected):
     node = f"/dev/vfio/noiommu-{group_of(EDU)}"
     with mode(node, 0o666), mode("/dev/vfio/vfio", 0o666), another_user():
