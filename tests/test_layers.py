@@ -14,7 +14,7 @@ PACKAGE = Path(vfiodma.__file__).parent
 # Each room and the rooms that it may import, besides itself.
 LEAVES = {"errors", "types"}
 PLAIN = LEAVES | {"protocols", "uapi"}
-MIDDLE = PLAIN | {"_core", "address_space", "memory", "devices", "hostinfo", "kernel"}
+MIDDLE = PLAIN | {"_core", "address_space", "memory", "devices", "hostinfo", "kernel", "sources"}
 ALLOWED = {
     "errors": set(), "types": set(), "uapi": set(),
     "protocols": LEAVES,

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from vfiodma import DirtyBitmap, DirtyTracker, GuestMemory, IoAddressSpace, open_backend
 from vfiodma._core.errno import error
 from vfiodma.devices import DeviceLogSource, Feature, FeatureOps, IrqIndex, VfioDevice
-from vfiodma.devices.dma_log import fewest_ranges
 from vfiodma.devices.migration import MigrationState, PrecopyInfo
 from vfiodma.devices.pci import AtomicCompletion, DeviceFlags
 from vfiodma.devices.regions import RegionType
 from vfiodma.errors import ClosedError, DmaLimitError, InvalidArgumentError, NoDeviceError, UnsupportedError, VfioError
 from vfiodma.migration.layout import MemoryLayout
+from vfiodma.sources import fewest_ranges
 from vfiodma.uapi import vfio as abi
 
 

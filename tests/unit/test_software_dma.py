@@ -562,3 +562,28 @@ def test_an_unmap_callback_that_raises_does_not_keep_the_others_from_letting_go(
         backend.map_dma(0, memory.regions[0].vaddr, PAGE, 3)
         devices[1].port.pin_pages(0, 1, 3)
         assert backend.unmap_dma(0, PAGE) == PAGE
+
+
+def test_a_log_is_extended_without_losing_what_it_has(backend, port):
+    memory = Memory(64 * PAGE)
+    backend.map_dma(IOVA, memory.vaddr, 64 * PAGE, 3)
+    with pytest.raises(InvalidArgumentError, match="start it"):
+        port.extend_logging(IOVA, PAGE)
+    port.start_logging([(IOVA + 8 * PAGE, 8 * PAGE), (IOVA + 32 * PAGE, 8 * PAGE)])
+    port.write(IOVA + 9 * PAGE, b"x")
+    port.extend_logging(IOVA, 36 * PAGE)                # around and between what is logged already
+    for page in (0, 7, 16, 31, 33, 40):
+        port.write(IOVA + page * PAGE, b"x")
+    words = np.zeros(1, np.uint64)
+    assert port.harvest(IOVA, 64 * PAGE, words) == 6
+    assert [page for page in range(64) if int(words[0]) >> page & 1] == [0, 7, 9, 16, 31, 33]
+    with pytest.raises(InvalidArgumentError):
+        port.extend_logging(IOVA + 1, PAGE)
+    for i in range(251):
+        port.extend_logging(IOVA + (100 + 2 * i) * PAGE, PAGE)
+    with pytest.raises(InvalidArgumentError) as caught:
+        port.extend_logging(IOVA + 5000 * PAGE, PAGE)
+    assert caught.value.errno == errno.E2BIG
+    port.stop_logging()
+    assert not port.logging
+    backend.unmap_all()

@@ -8,6 +8,7 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AS_STRING
 from libc.errno cimport E2BIG, EFAULT, EINVAL, ENOMEM, EOVERFLOW
 from libc.stdint cimport uint64_t
+from libc.string cimport memcpy
 
 from .args cimport acquire, new_bytes, u64
 from .errno cimport raise_errno
@@ -33,7 +34,8 @@ cdef enum:
     KEPT_FAULTS = 1024
 
 cdef struct log_range:
-    uint64_t start, last, first_bit
+    uint64_t start, last
+    dirtylog *log
 
 cdef dict REASONS = {-_errno.EINVAL: "not mapped", -_errno.ENOENT: "not mapped",
                      -_errno.EPERM: "not permitted", -_errno.EFAULT: "memory is gone",
@@ -93,6 +95,49 @@ cdef class Type1Path(DmaPath):
         self.type1.unpin_pages(iova, npages)
 
 
+cdef list without(tuple whole, uint64_t start, uint64_t last):
+    """What is left of (iova, size) without [start, last]."""
+    cdef uint64_t iova = whole[0], size = whole[1], end = iova + size - 1
+    if size == 0 or end < start or iova > last:
+        return [whole]
+    return ([(iova, start - iova)] if iova < start else []) + ([(last + 1, end - last)] if end > last else [])
+
+
+cdef size_t check_ranges(str operation, ranges, uint64_t page, size_t most, log_range *checked) except? 0:
+    """Check (iova, size) ranges to log, in any order; return their number."""
+    cdef uint64_t iova, size, previous = 0
+    cdef size_t n = 0
+    ordered = sorted(ranges)
+    if len(ordered) > most:
+        raise_errno(E2BIG, operation, None, None, f"at most {MAX_LOG_RANGES} ranges: join neighbours")
+    for start, length in ordered:
+        iova, size = u64(operation, start), u64(operation, length)
+        if size == 0 or iova % page or size % page or (n and iova <= previous):
+            raise_errno(EINVAL, operation, iova, size, "ranges are multiples of the page size and disjoint")
+        if iova + size < iova:
+            raise_errno(EOVERFLOW, operation, iova, size)
+        checked[n].start = iova
+        checked[n].last = previous = iova + size - 1
+        n += 1
+    return n
+
+
+cdef int make_logs(str operation, log_range *ranges, size_t n, uint64_t page) except -1:
+    cdef size_t i
+    for i in range(n):
+        ranges[i].log = dirtylog_new((ranges[i].last - ranges[i].start) // page + 1)
+        if not ranges[i].log:
+            free_logs(ranges, i)
+            raise_errno(ENOMEM, operation)
+    return 0
+
+
+cdef void free_logs(log_range *ranges, size_t n) noexcept:
+    cdef size_t i
+    for i in range(n):
+        dirtylog_free(ranges[i].log)
+
+
 cdef class DmaPort:
     """DMA of one software device.
 
@@ -114,9 +159,8 @@ cdef class DmaPort:
     """
     cdef DmaPath path
     cdef pthread_rwlock_t log_lock      # read: a write is being logged; write: the log starts or stops
-    cdef dirtylog *log
     cdef log_range ranges[MAX_LOG_RANGES]
-    cdef size_t nranges
+    cdef size_t nranges                 # 0 = the log is off
     cdef uint64_t pgsize
     cdef readonly str device
     cdef readonly object faults
@@ -129,8 +173,7 @@ cdef class DmaPort:
         self.faults = deque(maxlen=KEPT_FAULTS)
 
     def __dealloc__(self):
-        if self.log:
-            dirtylog_free(self.log)
+        free_logs(self.ranges, self.nranges)
         pthread_rwlock_destroy(&self.log_lock)
 
     # ---- access
@@ -258,20 +301,19 @@ cdef class DmaPort:
         cdef uint64_t last = iova + size - 1, low, high
         cdef size_t i
         pthread_rwlock_rdlock(&self.log_lock)
-        if self.log:
-            for i in range(self.nranges):
-                low = max(iova, self.ranges[i].start)
-                high = min(last, self.ranges[i].last)
-                if low <= high:
-                    low = (low - self.ranges[i].start) // self.pgsize
-                    high = (high - self.ranges[i].start) // self.pgsize
-                    dirtylog_mark(self.log, self.ranges[i].first_bit + low, high - low + 1)
+        for i in range(self.nranges):
+            low = max(iova, self.ranges[i].start)
+            high = min(last, self.ranges[i].last)
+            if low <= high:
+                low = (low - self.ranges[i].start) // self.pgsize
+                high = (high - self.ranges[i].start) // self.pgsize
+                dirtylog_mark(self.ranges[i].log, low, high - low + 1)
         pthread_rwlock_unlock(&self.log_lock)
 
     @property
     def logging(self):
         """Whether the log is on."""
-        return self.log != NULL
+        return self.nranges != 0
 
     def start_logging(self, ranges, pgsize=4096):
         """Log DMA writes into the given IOVA ranges.
@@ -293,42 +335,56 @@ cdef class DmaPort:
         Source: VFIO_DEVICE_FEATURE_DMA_LOGGING_START.
         """
         cdef log_range checked[MAX_LOG_RANGES]
-        cdef dirtylog *log
-        cdef uint64_t bits = 0, previous = 0, iova, size
-        cdef size_t n = 0
+        cdef size_t n
         cdef uint64_t page = u64("start_logging", pgsize)
-        ordered = sorted(ranges)
-        if not ordered or page < 4096 or page & (page - 1):
-            raise_errno(EINVAL, "start_logging", None, None, "give at least one range, and a page size that is a power of two")
-        if len(ordered) > MAX_LOG_RANGES:
-            raise_errno(E2BIG, "start_logging", None, None, f"at most {MAX_LOG_RANGES} ranges: join neighbours")
-        for start, length in ordered:
-            iova, size = u64("start_logging", start), u64("start_logging", length)
-            if size == 0 or iova % page or size % page or (n and iova <= previous):
-                raise_errno(EINVAL, "start_logging", iova, size, "ranges are multiples of the page size and disjoint")
-            if iova + size < iova:
-                raise_errno(EOVERFLOW, "start_logging", iova, size)
-            checked[n].start = iova
-            checked[n].last = previous = iova + size - 1
-            checked[n].first_bit = bits
-            bits += size // page
-            n += 1
-        log = dirtylog_new(bits)
-        if not log:
-            raise_errno(ENOMEM, "start_logging")
+        cdef bint on
+        if page < 4096 or page & (page - 1):
+            raise_errno(EINVAL, "start_logging", None, None, "the page size is a power of two from 4096")
+        n = check_ranges("start_logging", ranges, page, MAX_LOG_RANGES, checked)
+        if n == 0:
+            raise_errno(EINVAL, "start_logging", None, None, "give at least one range")
+        make_logs("start_logging", checked, n, page)
         pthread_rwlock_wrlock(&self.log_lock)
-        if self.log:
-            pthread_rwlock_unlock(&self.log_lock)
-            dirtylog_free(log)
+        on = self.nranges != 0
+        if not on:
+            memcpy(self.ranges, checked, n * sizeof(log_range))
+            self.nranges = n
+            self.pgsize = page
+        pthread_rwlock_unlock(&self.log_lock)
+        if on:
+            free_logs(checked, n)
             raise_errno(EINVAL, "start_logging", None, None, "the log is on: stop it first")
-        self.ranges = checked
-        self.nranges = n
-        self.pgsize = page
-        self.log = log
+
+    def extend_logging(self, iova, size):
+        """Log a further range as well; nothing that was logged is lost, and what is logged already stays.
+
+        Parameters
+        ----------
+        iova, size : int
+            Multiples of the log's page size.
+
+        Raises
+        ------
+        InvalidArgumentError
+            EINVAL: the log is off, or the range is misaligned; E2BIG: more than 256 ranges.
+        """
+        cdef log_range checked[MAX_LOG_RANGES]
+        cdef size_t n, i
+        cdef list pieces = [(u64("extend_logging", iova), u64("extend_logging", size))]
+        cdef bint off = self.nranges == 0
+        if off:
+            raise_errno(EINVAL, "extend_logging", iova, size, "the log is off: start it")
+        for i in range(self.nranges):
+            pieces = [piece for whole in pieces for piece in without(whole, self.ranges[i].start, self.ranges[i].last)]
+        n = check_ranges("extend_logging", pieces, self.pgsize, MAX_LOG_RANGES - self.nranges, checked)
+        make_logs("extend_logging", checked, n, self.pgsize)
+        pthread_rwlock_wrlock(&self.log_lock)
+        memcpy(&self.ranges[self.nranges], checked, n * sizeof(log_range))
+        self.nranges += n
         pthread_rwlock_unlock(&self.log_lock)
 
     cdef const char *refuse_harvest(self, uint64_t iova, uint64_t size, uint64_t room) noexcept nogil:
-        if self.log == NULL:
+        if self.nranges == 0:
             return b"the log is off"
         if size == 0 or iova + size - 1 < iova or iova % self.pgsize or size % self.pgsize:
             return b"the range is a multiple of the log's page size"
@@ -373,8 +429,8 @@ cdef class DmaPort:
                     low = max(first, self.ranges[i].start)
                     high = min(last, self.ranges[i].last)
                     if low <= high:
-                        bit = self.ranges[i].first_bit + (low - self.ranges[i].start) // self.pgsize
-                        found += dirtylog_harvest(self.log, bit, (high - low) // self.pgsize + 1, words,
+                        bit = (low - self.ranges[i].start) // self.pgsize
+                        found += dirtylog_harvest(self.ranges[i].log, bit, (high - low) // self.pgsize + 1, words,
                                                   (low - first) // self.pgsize)
                 pthread_rwlock_unlock(&self.log_lock)
             if refusal:
@@ -385,11 +441,11 @@ cdef class DmaPort:
 
     def stop_logging(self):
         """Stop the log and forget it; no effect when it is off."""
-        cdef dirtylog *log
+        cdef log_range old[MAX_LOG_RANGES]
+        cdef size_t n
         pthread_rwlock_wrlock(&self.log_lock)
-        log = self.log
-        self.log = NULL
+        n = self.nranges
+        memcpy(old, self.ranges, n * sizeof(log_range))
         self.nranges = 0
         pthread_rwlock_unlock(&self.log_lock)
-        if log:
-            dirtylog_free(log)
+        free_logs(old, n)

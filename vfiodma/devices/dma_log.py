@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._core.errno import error
+from ..sources import fewest_ranges, or_words
 from ..uapi import vfio as abi
 from .arguments import check_u64
 from .features import Feature, FeatureOps
@@ -14,23 +15,6 @@ if TYPE_CHECKING:
     from .pci import VfioDevice
 
 _MAX_RANGES = 256       # a page of vfio_device_feature_dma_logging_range
-
-
-def fewest_ranges(ranges: Sequence[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
-    """Join (iova, size) ranges that touch, and then those with the smallest gaps, until at most ``limit`` are left.
-
-    >>> fewest_ranges([(0x5000, 0x1000), (0, 0x1000), (0x1000, 0x1000), (0x9000, 0x1000)], 2)
-    [(0, 24576), (36864, 4096)]
-    """
-    ordered = sorted(ranges)
-    gaps = sorted(((after[0] - sum(before), i) for i, (before, after)
-                   in enumerate(zip(ordered, ordered[1:], strict=False), 1)), reverse=True)
-    cuts = sorted(i for gap, i in gaps[:max(limit - 1, 0)] if gap > 0)
-    joined = []
-    for first, end in zip([0, *cuts], [*cuts, len(ordered)], strict=True):
-        if first < end:
-            joined.append((ordered[first][0], sum(ordered[end - 1]) - ordered[first][0]))
-    return joined
 
 
 class DmaLog:
@@ -137,9 +121,7 @@ class DeviceLogSource:
         import numpy
         words = numpy.zeros((size // self._pgsize + 63) // 64, numpy.uint64)
         self._log.report(iova, size, words, self._pgsize)
-        view = numpy.frombuffer(into, numpy.uint64, len(words))
-        view |= words
-        return int(numpy.bitwise_count(words).sum())
+        return or_words(into, words)
 
     def stop(self) -> None:
         """Stop logging."""

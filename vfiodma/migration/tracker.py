@@ -2,7 +2,7 @@
 import contextlib
 import errno
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .._core.bitmap import DirtyBitmap
@@ -10,6 +10,7 @@ from .._core.errno import error
 from .._core.userfault import PageHashes, WriteWatch
 from ..address_space import IoAddressSpace, Listener
 from ..errors import DmaPermissionError, UnsupportedError, VfioError
+from ..protocols import DirtySource
 from ..types import Mapping, Prot
 from .layout import Block, MemoryLayout
 
@@ -161,6 +162,9 @@ class DirtyTracker:
         Its backend names the sources (``dirty_sources()``).
     layout : MemoryLayout
         Where the memory of its mappings is in the bitmap.
+    sources : sequence of DirtySource, optional
+        What knows the devices' writes, in place of what the backend names: for example the log of each real device
+        (devices.DeviceLogSource), which is more exact than its container's bitmap.
     cpu_writes : {"auto", "watch", "compare", "off"}
         How writes of this process to the memory are found: by write protection (Linux 6.7), by comparing hashes of all
         memory with those of what was sent, the first of both that works, or not at all (whoever writes marks).
@@ -174,11 +178,13 @@ class DirtyTracker:
     Source: VFIO_DEVICE_FEATURE_DMA_LOGGING_START in include/uapi/linux/vfio.h; userfaultfd(2).
     """
 
-    def __init__(self, ioas: IoAddressSpace, layout: MemoryLayout, *, cpu_writes: str = "auto") -> None:
+    def __init__(self, ioas: IoAddressSpace, layout: MemoryLayout, *, sources: Sequence[DirtySource] | None = None,
+                 cpu_writes: str = "auto") -> None:
         if cpu_writes not in ("auto", "watch", "compare", "off"):
             raise error(errno.EINVAL, "track_dirty", hint='cpu_writes is "auto", "watch", "compare" or "off"')
         self._ioas = ioas
         self.layout = layout
+        self._given = sources
         self._cpu_writes = cpu_writes
         self._sources: list[_Source] = []
         self._memory: list[_MemoryWrites] = []
@@ -198,8 +204,7 @@ class DirtyTracker:
         """
         if self._listener is not None:
             return
-        sources = getattr(self._ioas.backend, "dirty_sources", None)
-        if sources is None:
+        if self._given is None and not hasattr(self._ioas.backend, "dirty_sources"):
             raise error(errno.EOPNOTSUPP, "start_dirty", hint="the backend can't tell which pages devices write")
         with self._ioas.unchanged("start_dirty"):
             self._listener = self._ioas.add_listener(mapped=self._mapped, unmapping=self._unmapping,
@@ -211,7 +216,7 @@ class DirtyTracker:
                 for mapping in self._ioas.mappings(mmio=False):
                     if mapping.prot & Prot.WRITE:
                         self._windows[mapping.iova] = self._window(mapping)
-                for source in sources():
+                for source in self._ioas.backend.dirty_sources() if self._given is None else self._given:
                     known = _Source(source, self.layout.pgsize)
                     if self._windows:
                         known.start(list(self._windows.values()))
