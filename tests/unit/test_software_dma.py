@@ -579,7 +579,7 @@ def test_a_log_is_extended_without_losing_what_it_has(backend, port):
     assert [page for page in range(64) if int(words[0]) >> page & 1] == [0, 7, 9, 16, 31, 33]
     with pytest.raises(InvalidArgumentError):
         port.extend_logging(IOVA + 1, PAGE)
-    for i in range(251):
+    for i in range(252):
         port.extend_logging(IOVA + (100 + 2 * i) * PAGE, PAGE)
     with pytest.raises(InvalidArgumentError) as caught:
         port.extend_logging(IOVA + 5000 * PAGE, PAGE)

@@ -374,6 +374,7 @@ cdef class DmaPort:
         cdef bint off = self.nranges == 0
         if off:
             raise_errno(EINVAL, "extend_logging", iova, size, "the log is off: start it")
+        check_ranges("extend_logging", pieces, self.pgsize, 1, checked)
         for i in range(self.nranges):
             pieces = [piece for whole in pieces for piece in without(whole, self.ranges[i].start, self.ranges[i].last)]
         n = check_ranges("extend_logging", pieces, self.pgsize, MAX_LOG_RANGES - self.nranges, checked)
