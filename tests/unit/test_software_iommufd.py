@@ -4,7 +4,9 @@ import errno
 import mmap
 import os
 import struct
+import sys
 import threading
+import time
 
 import pytest
 from ipc_lock import without_ipc_lock
@@ -167,6 +169,32 @@ def test_a_context_that_is_closed_before_its_devices_goes_with_the_last_of_them(
     with pytest.raises(VfioError, match="closed"):
         device.detach()
     del device, access, context
+
+
+def test_a_device_may_go_while_who_has_the_lock_waits_for_the_interpreter():
+    """One thread is long in an ioctl, one waits for the lock, and this one drops a device without having let go."""
+    context, group = IommufdContext("6.12", -2), IommuGroup(0, (0, (1 << 39) - 1), (), 0x40201000, False, True, True, False)
+    devices = [IommufdDevice(context, group), IommufdAccess(context)]
+    size, interval = 64 << 20, sys.getswitchinterval()
+    argument = mmap.mmap(-1, size)                  # what follows the known part is read to its end, as it must be 0
+    address = ctypes.addressof(ctypes.c_char.from_buffer(argument))
+    sys.setswitchinterval(60)
+    try:
+        while devices:
+            argument[:4] = size.to_bytes(4, "little")
+            threads = [threading.Thread(target=context.ioctl, args=(IOAS_ALLOC, address)),
+                       threading.Thread(target=context.compat_ioas)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.005)
+            end = time.monotonic() + 0.5
+            while time.monotonic() < end:
+                pass
+            devices.pop()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_marks_stay_within_their_area(door, memory):

@@ -15,6 +15,7 @@ cdef class IommufdContext:
     cdef void free_objects(self) noexcept nogil
     cdef bint has_devices(self) noexcept nogil
     cdef int check_process(self, str operation) except -1
+    cdef void take(self) noexcept
     cdef int enter(self, str operation) except -1
     cdef void leave(self) noexcept nogil
 

@@ -128,12 +128,16 @@ cdef class IommufdContext:
             raise ForkedError(_errno.EBADF, "opened before a fork", operation=operation, hint="open it again in this process")
         return 0
 
-    cdef int enter(self, str operation) except -1:
-        """Take the lock, never waiting for it with the GIL held."""
-        self.check_process(operation)
+    cdef void take(self) noexcept:
+        """Take the lock, never waiting for it with the GIL held: who has it may wait for the GIL, right here."""
         if pthread_mutex_trylock(&self.c.lock):
             with nogil:
                 pthread_mutex_lock(&self.c.lock)
+
+    cdef int enter(self, str operation) except -1:
+        """Take the lock of a context that is open."""
+        self.check_process(operation)
+        self.take()
         if self.c.dead:
             self.leave()
             raise_errno(_errno.EBADF, operation, None, None, "the iommufd is closed")
@@ -318,10 +322,10 @@ cdef class IommufdDevice(DmaPath):
     def __dealloc__(self):
         if self.context is None or self.context.generation != generation():
             return
-        pthread_mutex_lock(&self.context.c.lock)
+        self.context.take()
         if self.device.id:
             device_unbind(&self.context.c, &self.device)
-        pthread_mutex_unlock(&self.context.c.lock)
+        self.context.leave()
 
     @property
     def id(self):
@@ -401,10 +405,10 @@ cdef class IommufdAccess(DmaPath):
     def __dealloc__(self):
         if self.context is None or self.context.generation != generation():
             return
-        pthread_mutex_lock(&self.context.c.lock)
+        self.context.take()
         if self.entry.id:
             access_unbind(&self.context.c, &self.entry)
-        pthread_mutex_unlock(&self.context.c.lock)
+        self.context.leave()
 
     @property
     def id(self):

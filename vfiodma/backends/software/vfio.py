@@ -217,7 +217,7 @@ class SoftwareVfio:
         """
         with self._lock:
             file = self._file(fd, "close")
-            if sum(other is file for other in self._files.values()) > 1:
+            if sum(other is file for other in list(self._files.values())) > 1:     # others come without the lock
                 self._forget_fd(fd)
                 return
         if isinstance(file, ContainerFile):
