@@ -173,7 +173,8 @@ def test_a_context_that_is_closed_before_its_devices_goes_with_the_last_of_them(
 
 def test_a_device_may_go_while_who_has_the_lock_waits_for_the_interpreter():
     """One thread is long in an ioctl, one waits for the lock, and this one drops a device without having let go."""
-    context, group = IommufdContext("6.12", -2), IommuGroup(0, (0, (1 << 39) - 1), (), 0x40201000, False, True, True, False)
+    context = IommufdContext("6.12", -2)
+    group = IommuGroup(0, (0, (1 << 39) - 1), (), 0x40201000, False, True, True, False)
     devices = [IommufdDevice(context, group), IommufdAccess(context)]
     size, interval = 64 << 20, sys.getswitchinterval()
     argument = mmap.mmap(-1, size)                  # what follows the known part is read to its end, as it must be 0
