@@ -18,6 +18,7 @@
 #include "usercopy.h"
 
 #define PAGE 4096ull
+#define BATCH (PAGE / 8)        /* pages */
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
@@ -320,8 +321,14 @@ static int pin_part(const vma *area, pin *p, segment *s, unsigned rules, uint64_
     /* Pages are counted as they are pinned: a limit that is reached before a fault wins. */
     if (!zero_free && pages > room) {
         int err = populate(at, (room + 1) * PAGE, write);
+        if (!err) {
+            /* The kernel (from 5.12) gets a batch of pages before it looks at the limit: they stay populated. */
+            uint64_t end = ((s->offset / PAGE + room) / BATCH + 1) * BATCH * PAGE;
+            populate(at, (end < p->size ? end : p->size) - s->offset, write);
+            return -ENOMEM;
+        }
         if (err != -EINVAL)
-            return err ? pin_errno(err) : -ENOMEM;
+            return pin_errno(err);
     }
     int err = populate(at, s->size, write);
     if (err == -EINVAL) {

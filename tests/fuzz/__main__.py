@@ -15,7 +15,7 @@ from .players import LAB
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", default="6.12", choices=["6.1", "6.12", "7.2"])
+    parser.add_argument("--kernel", default="6.12", choices=["6.1", "6.12", "7.2", "6.12-iommufd", "7.2-iommufd"])
     parser.add_argument("--sequences", type=int, default=20000)
     parser.add_argument("--first", type=int, default=0, help="number of the first sequence")
     parser.add_argument("--steps", type=int, default=30)

@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <glob.h>
 #include <linux/capability.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -23,9 +24,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, SLOTS = 12, NULL_SLOT = 11, FILLER = 0xaa, SECONDS = 30, BITMAP_BYTES = 8 * PAGE, RESULT_BYTES = 8 << 20 };
+enum { PAGE = 4096, SLOTS = 12, MEMFD_SLOT = 10, NULL_SLOT = 11, FILLER = 0xaa, SECONDS = 30, BITMAP_BYTES = 8 * PAGE, RESULT_BYTES = 8 << 20 };
 enum { OPEN, CLOSE, IOCTL, MMAP, MUNMAP, MPROTECT, TOUCH, MLOCK, MADVISE, RLIMIT, CAPABILITY, ENTRY_LIMIT };
-enum { VALUE = 1, READONLY = 2, BITMAP = 4, DESCRIPTOR = 8 };
+enum { VALUE = 1, READONLY = 2, BITMAP = 4, DESCRIPTOR = 8, WORD_SHIFT = 4 };
 enum { GET_DEVICE_FD = 0x3b6a };
 #define ARG 0x200000000000ull
 #define BITMAP_AREA (ARG + 0x100000)
@@ -34,7 +35,7 @@ struct step {
     uint8_t op, slot, flags, length;
     uint32_t request;
     uint64_t a, b;
-    uint8_t bytes[48];
+    uint8_t bytes[72];
 };
 
 /* What VFIO is; each returns a result or -errno. */
@@ -116,13 +117,13 @@ static long do_touch(const struct step *s)
     return done;
 }
 
-static long set_capability(int on)
+static long set_capability(int capability, int on)
 {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
     struct __user_cap_data_struct data[2];
     if (syscall(SYS_capget, &header, data))
         return -errno;
-    uint32_t bit = 1u << CAP_IPC_LOCK;
+    uint32_t bit = 1u << capability;
     data[0].effective = on ? data[0].effective | bit : data[0].effective & ~bit;
     return check(syscall(SYS_capset, &header, data));
 }
@@ -135,6 +136,13 @@ static long set_limit(uint64_t bytes)
     return check(setrlimit(RLIMIT_MEMLOCK, &limit));
 }
 
+static long call(const struct step *s)
+{
+    if (s->slot >= MEMFD_SLOT)
+        return check(ioctl(fds[s->slot], s->request, s->a));
+    return vfio->ioctl(fds[s->slot], s->request, s->a);
+}
+
 /* Returns the ioctl's result and appends what it wrote; *runs = how many pieces. */
 static long do_ioctl(const struct step *s, uint16_t *runs)
 {
@@ -143,11 +151,12 @@ static long do_ioctl(const struct step *s, uint16_t *runs)
     uint8_t bytes[sizeof s->bytes];
     long result;
     if (s->flags & VALUE)
-        return vfio->ioctl(fds[s->slot], s->request, s->a);
+        return call(s);
     memcpy(bytes, s->bytes, sizeof bytes);
     if (s->flags & DESCRIPTOR) {
-        int32_t fd = fds[s->bytes[0]];
-        memcpy(bytes, &fd, sizeof fd);
+        uint8_t *word = bytes + 4 * (s->flags >> WORD_SHIFT);
+        int32_t fd = fds[*word];
+        memcpy(word, &fd, sizeof fd);
     }
     memset(arg, FILLER, sizeof arg);
     if (offset < PAGE)
@@ -159,7 +168,7 @@ static long do_ioctl(const struct step *s, uint16_t *runs)
     }
     if (s->flags & READONLY)
         mprotect((void *)ARG, PAGE, PROT_READ);
-    result = vfio->ioctl(fds[s->slot], s->request, s->a);
+    result = call(s);
     if (s->flags & READONLY)
         mprotect((void *)ARG, PAGE, PROT_READ | PROT_WRITE);
     if (s->request == GET_DEVICE_FD && result >= 0) {
@@ -186,7 +195,7 @@ static long do_close(int slot)
 {
     long fd = fds[slot];
     fds[slot] = -1;
-    return fd < 0 ? -EBADF : slot == NULL_SLOT ? check(close(fd)) : vfio->close(fd);
+    return fd < 0 ? -EBADF : slot >= MEMFD_SLOT ? check(close(fd)) : vfio->close(fd);
 }
 
 static long do_step(const struct step *s, uint16_t *runs)
@@ -202,7 +211,7 @@ static long do_step(const struct step *s, uint16_t *runs)
     case MLOCK: return check(mlock((void *)s->a, s->b));
     case MADVISE: return check(madvise((void *)s->a, s->b, s->request));
     case RLIMIT: return set_limit(s->a);
-    case CAPABILITY: return set_capability(s->request);
+    case CAPABILITY: return set_capability(CAP_IPC_LOCK, s->request);
     case ENTRY_LIMIT: return vfio->entry_limit(s->a);
     }
     abort();
@@ -211,9 +220,13 @@ static long do_step(const struct step *s, uint16_t *runs)
 static void run_child(const struct step *prelude, size_t nprelude, const struct step *steps, size_t nsteps)
 {
     alarm(SECONDS);
+    set_capability(CAP_SYS_RESOURCE, 0);        /* the host may be without it */
     for (int i = 0; i < SLOTS; i++)
         fds[i] = -1;
     fds[NULL_SLOT] = open("/dev/null", O_RDWR);
+    fds[MEMFD_SLOT] = memfd_create("fuzz", 0);
+    if (ftruncate(fds[MEMFD_SLOT], 512 * PAGE))
+        _exit(3);
     for (size_t i = 0; i < nprelude; i++) {
         uint16_t runs = 0;
         long result = do_step(&prelude[i], &runs);
@@ -292,7 +305,8 @@ int run_file(const struct system *system, const uint8_t *scripts, const char *pa
 }
 
 #ifdef GUEST
-static char paths[4][64] = {"/dev/vfio/vfio"};
+/* By kind: the container, three groups, /dev/iommu, the nodes of four devices. */
+static char paths[9][64] = {"/dev/vfio/vfio", [4] = "/dev/iommu"};
 
 static long guest_open(long kind)
 {
@@ -334,7 +348,7 @@ static long guest_entry_limit(long value)
 int main(int argc, char **argv)
 {
     static const struct system kernel = {guest_open, guest_ioctl, guest_close, guest_locked, guest_entry_limit};
-    static const char *const devices[] = {"0000:00:10.0", "0000:00:11.0", "0000:01:01.0"};
+    static const char *const devices[] = {"0000:00:10.0", "0000:00:11.0", "0000:01:01.0", "0000:01:02.0"};
     char path[512], target[256];
     if (argc != 2 || chdir(argv[1]))
         return 2;
@@ -345,6 +359,13 @@ int main(int argc, char **argv)
             return 3;
         target[n] = 0;
         snprintf(paths[i + 1], sizeof paths[0], "/dev/vfio/%s", strrchr(target, '/') + 1);
+    }
+    for (int i = 0; i < 4; i++) {
+        snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/vfio-dev/vfio*", devices[i]);
+        glob_t found;
+        if (!glob(path, 0, NULL, &found))
+            snprintf(paths[5 + i], sizeof paths[0], "/dev/vfio/devices/%s", strrchr(found.gl_pathv[0], '/') + 1);
+        globfree(&found);
     }
     for (unsigned n = 0;; n++) {
         struct stat info;

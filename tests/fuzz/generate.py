@@ -193,7 +193,7 @@ class Generator:
         elif r < 0.4:
             self.close_slot(self.pick(G0, G0, G1, G1, G2, G2, C1, C0))
         elif r < 0.7:
-            target = self.pick(*[container] * 12, G1, NULL, 10)
+            target = self.pick(*[container] * 12, G1, D0, NULL)
             if target == NULL and self.chance(0.5):
                 self.argument(group, SET_CONTAINER, struct.pack("<i", self.pick(-1, 9999, 1 << 30)))
             else:

@@ -44,17 +44,19 @@ def answering(function):
 class Model:
     """SoftwareVfio with the groups of the lab's machine."""
 
-    def __init__(self, kernel):
+    def __init__(self, name):
+        kernel, _, iommufd = name.partition("-")
         from vfiodma import SoftwareGroup, SoftwareVfio
         groups = [["0000:00:10.0"], ["0000:00:11.0"], ["0000:01:01.0", "0000:01:02.0"]]
         # QEMU's IOMMU can't enforce coherency: its DMAR has no snoop control.
-        self.vfio = SoftwareVfio(kernel, [SoftwareGroup(number, devices, coherent=False)
-                                          for number, devices in enumerate(groups, 1)], iommufd=False)
+        self.vfio = SoftwareVfio(kernel, [SoftwareGroup(number, devices, coherent=False, dirty_tracking=False)
+                                          for number, devices in enumerate(groups, 1)], iommufd=bool(iommufd))
         self.scratch = tempfile.TemporaryDirectory()
         library = pathlib.Path(self.scratch.name, "executor.so")
         compile_executor(library, "-shared", "-fPIC")
         self.library = ctypes.CDLL(str(library))
-        paths = ["/dev/vfio/vfio", "/dev/vfio/1", "/dev/vfio/2", "/dev/vfio/3"]
+        paths = ["/dev/vfio/vfio", "/dev/vfio/1", "/dev/vfio/2", "/dev/vfio/3", "/dev/iommu",
+                 *(f"/dev/vfio/devices/vfio{number}" for number in range(4))]
         methods = {"open": lambda kind: self.vfio.open(paths[kind]), "ioctl": self.vfio.ioctl, "close": self.vfio.close,
                    "locked": self.vfio.locked_pages, "entry_limit": self.set_entry_limit}
         self.system = System(**{name: kind(answering(methods[name])) for name, kind in System._fields_})

@@ -1,7 +1,7 @@
 """Scripts for executor.c and the records it writes.
 
 A file of scripts: u32 number of steps of the prelude, u32 number of scripts, the prelude's steps (the memory layout,
-run before each script and not recorded), then each script: u64 number of steps, steps.  A step is 72 bytes
+run before each script and not recorded), then each script: u64 number of steps, steps.  A step is 96 bytes
 (``Step.LAYOUT``).  A record: u32 length, u32 wait status, then for each step s32 result or -errno, s32 change of the
 locked pages since the prelude, u16 number of runs, and each run of bytes that changed: u16 offset, u16 length, bytes.
 Offsets below 4096 are in the argument's page, those from 4096 on in the bitmap area.  After the script's steps every
@@ -17,7 +17,8 @@ VALUE, READONLY, BITMAP, DESCRIPTOR = 1, 2, 4, 8
 ANON, ANON_READONLY, SHARED_ANON, MEMFD, MEMFD_READONLY, MEMFD_PRIVATE, MEMFD_SHORT, NONE = range(8)
 KINDS = ["anon", "anon read-only", "shared anon", "memfd", "memfd read-only", "memfd private",
          "memfd of 2 pages", "PROT_NONE"]
-SLOTS = ["c0", "c1", "g0", "g1", "g2", "g0'", "d0", "d1", "d2", "d3", "unused", "null"]
+PATHS = ["container", "group 0", "group 1", "group 2", "/dev/iommu", "node 0", "node 1", "node 2", "node 3"]
+SLOTS = ["c0", "c1", "g0", "g1", "g2", "g0'", "d0", "d1", "d2", "d3", "memfd", "null"]
 
 ARG = 0x200000000000
 BITMAP_AREA = ARG + 0x100000
@@ -29,7 +30,11 @@ BIG_PAGES = 1024
 
 REQUESTS = {100: "GET_API_VERSION", 101: "CHECK_EXTENSION", 102: "SET_IOMMU", 103: "GET_STATUS", 104: "SET_CONTAINER",
             105: "UNSET_CONTAINER", 106: "GET_DEVICE_FD", 112: "GET_INFO", 113: "MAP_DMA", 114: "UNMAP_DMA",
-            115: "ENABLE", 116: "DISABLE", 117: "DIRTY_PAGES"}
+            115: "ENABLE", 116: "DISABLE", 117: "DIRTY_PAGES", 118: "BIND_IOMMUFD", 119: "ATTACH_PT", 120: "DETACH_PT",
+            0x80: "DESTROY", 0x81: "IOAS_ALLOC", 0x82: "IOAS_ALLOW_IOVAS", 0x83: "IOAS_COPY", 0x84: "IOAS_IOVA_RANGES",
+            0x85: "IOAS_MAP", 0x86: "IOAS_UNMAP", 0x87: "OPTION", 0x88: "VFIO_IOAS", 0x89: "HWPT_ALLOC",
+            0x8b: "HWPT_SET_DIRTY_TRACKING", 0x8c: "HWPT_GET_DIRTY_BITMAP", 0x8f: "IOAS_MAP_FILE",
+            0x92: "IOAS_CHANGE_PROCESS"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Step:
     b: int = 0
     data: bytes = b""
 
-    LAYOUT = struct.Struct("<4BI2Q48s")
+    LAYOUT = struct.Struct("<4BI2Q72s")
 
     def encode(self):
         return self.LAYOUT.pack(self.op, self.slot, self.flags, len(self.data), self.request, self.a, self.b, self.data)
@@ -50,7 +55,7 @@ class Step:
     def __str__(self):
         slot = SLOTS[self.slot]
         if self.op == OPEN:
-            return f"{slot} = open({['container', 'group 0', 'group 1', 'group 2'][self.a]})"
+            return f"{slot} = open({PATHS[self.a]})"
         if self.op == CLOSE:
             return f"close({slot})"
         if self.op == IOCTL:
@@ -73,7 +78,8 @@ class Step:
         text = f"at {show_address(self.a)}" + (" read-only" if self.flags & READONLY else "")
         number, data = self.request - 0x3b00, self.data
         if self.flags & DESCRIPTOR:
-            return f"fd of {SLOTS[data[0]]}, {text}"
+            word = self.flags >> 4
+            text = f"word {word} = fd of {SLOTS[data[4 * word]]}, {text}"
         if number == 113 and len(data) == 32:
             argsz, flags, vaddr, iova, size = struct.unpack("<IIQQQ", data)
             return f"argsz={argsz}, flags={flags}, vaddr={show_address(vaddr)}, iova={iova:#x}, size={size:#x}, {text}"

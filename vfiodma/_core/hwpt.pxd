@@ -15,6 +15,7 @@ cdef int hwpt_alloc(context_t *c, const hwpt_arguments *args, uint32_t *id) noex
 cdef void hwpt_destroy(hwpt_t *hwpt) noexcept nogil
 cdef int device_bind(context_t *c, device_t *device) noexcept nogil
 cdef void device_unbind(context_t *c, device_t *device) noexcept nogil
+cdef int refuse_attach(context_t *c, uint32_t pt) noexcept nogil
 cdef int device_attach(context_t *c, device_t *device, uint32_t *pt) noexcept nogil
 cdef void device_detach(context_t *c, device_t *device) noexcept nogil
 cdef int device_dma(context_t *c, device_t *device, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil

@@ -230,6 +230,11 @@ cdef int attach_automatic(context_t *c, device_t *device, ioas_t *ioas, uint32_t
     return 0
 
 
+cdef int refuse_attach(context_t *c, uint32_t pt) noexcept nogil:
+    """Why nothing attaches to an object that is no address space or table, or with a PASID to any."""
+    return -ENOENT if pt >= c.room or c.objects[pt].kind == FREE else -EINVAL
+
+
 cdef int device_attach(context_t *c, device_t *device, uint32_t *pt) noexcept nogil:
     """Attach to an address space or to a table; one that is attached is moved.  *pt becomes the table's id."""
     cdef hwpt_t *hwpt = <hwpt_t *> object_of(c, pt[0], HWPT)
@@ -237,7 +242,7 @@ cdef int device_attach(context_t *c, device_t *device, uint32_t *pt) noexcept no
     if ioas:
         return attach_automatic(c, device, ioas, pt)
     if not hwpt:
-        return -ENOENT if pt[0] >= c.room or c.objects[pt[0]].kind == FREE else -EINVAL
+        return refuse_attach(c, pt[0])
     return replace(c, device, hwpt) if device.hwpt else attach(c, device, hwpt)
 
 

@@ -396,7 +396,12 @@ cdef int map_file(ioas_t *ioas, int fd, uint64_t start, uint64_t length, uint64_
         return -EOVERFLOW
     pages = pages_of_file(ioas.context, fd, start - start % PS, (start % PS + length - 1) // PS + 1,
                           prot & WRITEABLE != 0, &err)
-    return place_new(ioas, pages, start % PS, length, iova, prot, fixed) if pages else err
+    if not pages:
+        return err
+    if length > UINT64_MAX - PS:
+        pages_put(pages)
+        return -EINVAL
+    return place_new(ioas, pages, start % PS, length, iova, prot, fixed)
 
 
 # ---- copy

@@ -14,7 +14,7 @@ from libc.string cimport memcpy
 
 from .dma cimport DmaPath
 from .errno cimport raise_errno
-from .hwpt cimport device_attach, device_bind, device_detach, device_dma, device_unbind, hwpt_destroy
+from .hwpt cimport device_attach, device_bind, device_detach, device_dma, device_unbind, hwpt_destroy, refuse_attach
 from .ioas cimport ioas_free
 from .ioas_access cimport (
     access_attach, access_bind, access_detach, access_pin, access_rw, access_unbind, access_unpin,
@@ -357,6 +357,14 @@ cdef class IommufdDevice(DmaPath):
         if err:
             raise_errno(-err, "attach_iommufd_pt", None, None, _HINTS.get(-err, ""))
         return pt_id
+
+    def attach_pasid(self, uint32_t pt_id):
+        """Attach a PASID, which no modelled device has: ENOENT or EINVAL."""
+        cdef int err
+        self.context.enter("attach_iommufd_pt")
+        err = refuse_attach(&self.context.c, pt_id)
+        self.context.leave()
+        raise_errno(-err, "attach_iommufd_pt", None, None, "the device has no PASIDs")
 
     def detach(self):
         """Leave the page table; no effect when it is in none."""

@@ -515,7 +515,7 @@ cdef int check_tail(uint64_t at, uint64_t n) noexcept nogil:
     cdef unsigned char bytes[256]
     cdef uint64_t part, i
     while n:
-        part = min(n, <uint64_t> sizeof(bytes))
+        part = min(n, min(<uint64_t> sizeof(bytes), PS - at % PS))      # a byte before a fault counts
         if user_read(bytes, at, part):
             return -EFAULT
         for i in range(part):

@@ -188,22 +188,23 @@ class CdevFile(DeviceFile):
         return VERSIONS[self.group.vfio.kernel] >= VERSIONS["7.2"]
 
     def _read_bind(self, arg):
-        """Read the struct as the kernel of this version does; return (flags, descriptor)."""
+        """Read the struct as the kernel of this version does; return (flags, descriptor, address of the token)."""
         argsz = int.from_bytes(read_memory(arg, 4), "little")
         if argsz < 16:
             raise error(errno.EINVAL, "bind_iommufd", hint="argsz is at least 16")
         known = vfio.vfio_device_bind_iommufd.size
         at = arg + known
         while self._has_7_2 and at < arg + argsz:
-            piece = read_memory(at, min(4096, arg + argsz - at))
+            piece = read_memory(at, min(4096 - at % 4096, arg + argsz - at))     # a byte before a fault counts
             if any(piece):
                 raise error(errno.E2BIG, "bind_iommufd", hint=f"bytes after {known} are not known, and must be 0")
             at += len(piece)
         raw = read_memory(arg, min(argsz, known) if self._has_7_2 else 16)
-        return struct.unpack_from("=Ii", raw, 4)
+        flags, fd, _, token = struct.unpack_from("=IiIQ", raw.ljust(known, b"\0"), 4)
+        return flags, fd, token
 
     def bind(self, arg):
-        flags, fd = self._read_bind(arg)
+        flags, fd, token = self._read_bind(arg)
         group, system = self.group, self.group.vfio
         if fd < 0 or flags & ~(vfio.VFIO_DEVICE_BIND_FLAG_TOKEN if self._has_7_2 else 0):
             raise error(errno.EINVAL, "bind_iommufd", hint="unknown flags, or no descriptor")
@@ -212,6 +213,7 @@ class CdevFile(DeviceFile):
         if self.iommufd is not None or self.device.address in group.cdevs:
             raise error(errno.EINVAL, "bind_iommufd", hint="the device is bound: a node can be used by one descriptor")
         if flags:
+            read_memory(token, 16)
             raise error(errno.EINVAL, "bind_iommufd", hint="the device has no token")
         iommufd = system._files.get(fd)
         if iommufd is None:
@@ -241,16 +243,22 @@ class CdevFile(DeviceFile):
         return 0
 
     def _read(self, arg, size, operation):
+        """Read the struct; return its bytes and the PASID it is about, or None."""
         argsz, flags = struct.unpack_from("=II", data := read_memory(arg, size))
         if argsz < size or flags & ~(1 if self._has_7_2 else 0):
             raise error(errno.EINVAL, operation, hint=f"argsz is at least {size}, flags are 0")
         if flags:
-            raise error(errno.EOPNOTSUPP, operation, hint="the device has no PASIDs")
-        return data
+            pasid, = struct.unpack("=I", read_memory(arg + size, 4))
+            if argsz < size + 4:
+                raise error(errno.EINVAL, operation, hint=f"argsz is at least {size + 4} with a PASID")
+        return data, pasid if flags else None
 
     def attach(self, arg):
-        data = self._read(arg, 12, "attach_iommufd_pt")
-        number = self.path.attach(struct.unpack_from("=I", data, 8)[0])
+        data, pasid = self._read(arg, 12, "attach_iommufd_pt")
+        if pasid is not None and pasid >= 1 << 31:
+            raise error(errno.ENOSPC, "attach_iommufd_pt", hint="the kernel counts PASIDs up to 2**31 - 1")
+        attach = self.path.attach if pasid is None else self.path.attach_pasid
+        number = attach(struct.unpack_from("=I", data, 8)[0])
         try:
             write_memory(arg + 8, struct.pack("=I", number))
         except OSError:
@@ -259,8 +267,8 @@ class CdevFile(DeviceFile):
         return 0
 
     def detach(self, arg):
-        self._read(arg, 8, "detach_iommufd_pt")
-        self.path.detach()
+        if self._read(arg, 8, "detach_iommufd_pt")[1] is None:      # a PASID that is not attached is left in peace
+            self.path.detach()
         return 0
 
     def closed(self):
