@@ -198,6 +198,15 @@ def test_a_device_may_go_while_who_has_the_lock_waits_for_the_interpreter():
         sys.setswitchinterval(interval)
 
 
+def test_a_fault_queue_without_a_descriptor_never_was(door, monkeypatch):
+    def full(file):
+        raise OSError(errno.EMFILE, "full")
+    with monkeypatch.context() as patch:
+        patch.setattr(door.vfio, "_new_fd", full)
+        refused(errno.EMFILE, door.call, FAULT_QUEUE, "4I", 16, 0, 0, 0)
+    assert door.alloc() == 1
+
+
 def test_marks_stay_within_their_area(door, memory):
     ioas = door.alloc()
     _, device = door.bind()

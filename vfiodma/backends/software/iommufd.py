@@ -78,7 +78,11 @@ class IommufdFile:
         with self.system._lock:
             number = self.context.add_object(True)
             queue = FaultQueueFile(self, number)
-            fd = self.system._new_fd(queue)
+            try:
+                fd = self.system._new_fd(queue)
+            except OSError:
+                self.context.remove_object(number)
+                raise
             try:
                 write_memory(arg, struct.pack("=4I", int.from_bytes(read_memory(arg, 4), "little"), 0, number, fd))
             except OSError:
