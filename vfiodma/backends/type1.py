@@ -81,8 +81,8 @@ class Type1Container(Type1Ioctls):
 
     Notes
     -----
-    With ``node="/dev/iommu"`` the rules are those of iommufd's emulation: no dirty tracking, no vaddr update, and an unmap
-    that is refused because it would split a mapping has removed the mappings before that one.
+    With ``node="/dev/iommu"`` the rules are those of iommufd's emulation: no dirty tracking, no vaddr update, and an
+    unmap that is refused because it would split a mapping has removed the mappings before that one.
     Thread-safe.  The methods that map are those of Type1Ioctls.  Closing removes every mapping, even while devices are
     open.  Source: Documentation/driver-api/vfio.rst; VFIO_IOMMU_GET_INFO.
     """
