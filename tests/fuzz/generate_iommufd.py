@@ -57,7 +57,12 @@ class Iommufd(Generator):
     def call(self, slot, request, layout, *values, flags=0, b=0):
         """Add an ioctl whose struct begins with its size, which is not always right."""
         size = struct.calcsize("<" + layout) + 4
-        self.argument(slot, request, struct.pack("<I" + layout, self.argsz(size), *values), flags, b)
+        data = struct.pack("<I" + layout, self.argsz(size), *values)
+        if request in (MAP_FILE, CHANGE_PROCESS):
+            # 6.12 has neither; whether it looks at the argument all the same depends on its having the self-test.
+            self.add(IOCTL, slot, flags, request, ARG, b, data)
+        else:
+            self.argument(slot, request, data, flags, b)
 
     # -- objects
 

@@ -252,9 +252,9 @@ class CdevFile(DeviceFile):
         if argsz < size or flags & ~(1 if self._has_7_2 else 0):
             raise error(errno.EINVAL, operation, hint=f"argsz is at least {size}, flags are 0")
         if flags:
-            pasid, = struct.unpack("=I", read_memory(arg + size, 4))
             if argsz < size + 4:
                 raise error(errno.EINVAL, operation, hint=f"argsz is at least {size + 4} with a PASID")
+            pasid, = struct.unpack("=I", read_memory(arg + size, 4))
         return data, pasid if flags else None
 
     def attach(self, arg):
