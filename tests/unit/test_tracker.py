@@ -187,7 +187,10 @@ def test_a_mapping_of_less_than_a_page_of_the_bitmap_is_refused_and_not_missed(s
         tracker.start()
         with pytest.raises(InvalidArgumentError, match="whole pages of 32768"):
             ioas.map(coarse.blocks[0].region, size=PAGE)
-        ioas.map(coarse.blocks[0].region, size=16 * PAGE)
+        iova = ioas.map(coarse.blocks[0].region, size=16 * PAGE).iova
+        ioas.mark_dirty(iova + 9 * PAGE, 1)
+        bitmap = DirtyBitmap(coarse.nbits, 8 * PAGE)
+        assert tracker.harvest(bitmap) == 1 and bitmap.test(1)
         tracker.stop()
 
 

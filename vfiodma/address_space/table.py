@@ -243,15 +243,15 @@ class MappingTable:
         """Give every mapping the same new keeper, and release all old ones."""
         import numpy as np
 
-        old, self._keepers = self._keepers, {}
-        number = 0
-        if keeper is not None:
-            number = self._newest = self._newest + 1
-            self._keepers[number] = [keeper, len(self.tags)]
+        number = self._newest + 1 if keeper is not None else 0
         tags = self.tags.to_array()
         tags[:, 2] = tags[:, 2] & np.uint64(_PROT | _MMIO) | np.uint64(number << _KEEPER_SHIFT)
         fresh = RangeMap()
         fresh.build(tags)
-        self.tags = fresh
+        # From here on nothing can fail.
+        old, self._keepers, self.tags = self._keepers, {}, fresh
+        if number:
+            self._newest = number
+            self._keepers[number] = [keeper, len(fresh)]
         for kept, _ in old.values():
             self._release(kept)

@@ -223,8 +223,12 @@ class VfioDevice(Descriptor):
 
     def close(self) -> None:
         """Close what belongs to the device, then the device.  Idempotent."""
-        for child in reversed(list(self._children.values())):
-            child.close()
+        with contextlib.ExitStack() as steps:       # a child that fails to close keeps nobody else open
+            steps.callback(self._close_fd)
+            for child in self._children.values():
+                steps.callback(child.close)
+
+    def _close_fd(self) -> None:
         with contextlib.suppress(ForkedError):      # a software device: the parent closes it
             super().close()
 

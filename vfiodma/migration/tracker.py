@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import logging
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -191,6 +192,8 @@ class DirtyTracker:
         self._windows: dict[int, _Window] = {}          # by iova
         self._left: DirtyBitmap | None = None           # of mappings that are gone, until the next harvest
         self._listener: Listener | None = None
+        # Taken before the address space's; the listeners run under that one alone.
+        self._lock = threading.RLock()
 
     def start(self) -> None:
         """Start all sources; everything written before may be unknown to them.  No effect when they are on.
@@ -206,7 +209,7 @@ class DirtyTracker:
             return
         if self._given is None and not hasattr(self._ioas.backend, "dirty_sources"):
             raise error(errno.EOPNOTSUPP, "start_dirty", hint="the backend can't tell which pages devices write")
-        with self._ioas.unchanged("start_dirty"):
+        with self._lock, self._ioas.unchanged("start_dirty"):
             self._listener = self._ioas.add_listener(mapped=self._mapped, unmapping=self._unmapping,
                                                      unmapped=self._unmapped)
             try:
@@ -217,7 +220,7 @@ class DirtyTracker:
                     if mapping.prot & Prot.WRITE:
                         self._windows[mapping.iova] = self._window(mapping)
                 for source in self._ioas.backend.dirty_sources() if self._given is None else self._given:
-                    known = _Source(source, self.layout.pgsize)
+                    known = _Source(source, self._ioas.pgsize)
                     if self._windows:
                         known.start(list(self._windows.values()))
                     self._sources.append(known)
@@ -227,7 +230,7 @@ class DirtyTracker:
 
     def harvest(self, into: DirtyBitmap) -> int:
         """OR everything written since the last harvest into a bitmap of ``layout.nbits``; return the bits found."""
-        with self._ioas.unchanged("harvest"):
+        with self._lock, self._ioas.unchanged("harvest"):
             windows = list(self._windows.values())
             found = sum(source.harvest(windows, into) for source in self._sources if windows)
             found += sum(self._harvest_marked(window, into) for window in windows)
@@ -249,8 +252,8 @@ class DirtyTracker:
 
     def stop(self) -> None:
         """Stop all sources; idempotent."""
-        listener, self._listener = self._listener, None
-        with contextlib.ExitStack() as steps:
+        with self._lock, contextlib.ExitStack() as steps:
+            listener, self._listener = self._listener, None
             for memory in self._memory:
                 steps.callback(memory.stop)
             for source in self._sources:
@@ -297,11 +300,14 @@ class DirtyTracker:
 
     def _harvest_marked(self, window: _Window, into: DirtyBitmap) -> int:
         npages = window.size // self.layout.pgsize
-        if window.first_bit % 64 == 0:
+        own = self._ioas.pgsize
+        if window.first_bit % 64 == 0 and own == self.layout.pgsize:
             return self._ioas.harvest_marked(window.iova, window.size,
                                              into[window.first_bit:window.first_bit + npages])
-        part = DirtyBitmap(npages, self.layout.pgsize)
-        return part.harvest(into, window.first_bit) if self._ioas.harvest_marked(window.iova, window.size, part) else 0
+        part = DirtyBitmap(window.size // own, own)
+        if not self._ioas.harvest_marked(window.iova, window.size, part):
+            return 0
+        return part.scale(self.layout.pgsize).harvest(into, window.first_bit)
 
     def _window(self, mapping: Mapping) -> _Window:
         for block in self.layout.blocks:

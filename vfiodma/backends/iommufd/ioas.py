@@ -4,6 +4,7 @@ import errno
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ..._core.errno import error
 from ..._core.iommufd import IoasIoctls
 from ...errors import VfioError
 from ...types import IovaRange
@@ -66,7 +67,11 @@ class Ioas(IoasIoctls):
         VfioError
             EADDRINUSE: attached devices do not reach one of them; EINVAL.
         """
-        flat = [value for pair in ranges for value in pair]
+        flat = []
+        for start, last in ranges:
+            if not (0 <= start < 1 << 64 and 0 <= last < 1 << 64):
+                raise error(errno.EINVAL, "allow_iovas", start, hint="a range is (start, last), both below 2**64")
+            flat += [start, last]
         memory = (ctypes.c_uint64 * len(flat))(*flat)
         self.iommufd.command(abi.IOMMU_IOAS_ALLOW_IOVAS, abi.iommu_ioas_allow_iovas, "allow_iovas", ioas_id=self.id,
                              num_iovas=len(flat) // 2, allowed_iovas=ctypes.addressof(memory))
