@@ -54,7 +54,7 @@ class Model:
         self.scratch = tempfile.TemporaryDirectory()
         library = pathlib.Path(self.scratch.name, "executor.so")
         compile_executor(library, "-shared", "-fPIC")
-        self.library = ctypes.CDLL(str(library))
+        self.executor = ctypes.CDLL(str(library))
         paths = ["/dev/vfio/vfio", "/dev/vfio/1", "/dev/vfio/2", "/dev/vfio/3", "/dev/iommu",
                  *(f"/dev/vfio/devices/vfio{number}" for number in range(4))]
         methods = {"open": lambda kind: self.vfio.open(paths[kind]), "ioctl": self.vfio.ioctl, "close": self.vfio.close,
@@ -66,7 +66,7 @@ class Model:
 
     def play(self, scripts):
         path = os.path.join(self.scratch.name, "out")
-        err = self.library.run_file(ctypes.byref(self.system), encode(scripts), os.fsencode(path))
+        err = self.executor.run_file(ctypes.byref(self.system), encode(scripts), os.fsencode(path))
         if err:
             raise OSError(-err, "the model's executor failed")
         with open(path, "rb") as stream:
