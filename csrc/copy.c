@@ -6,6 +6,7 @@
  */
 #include "copy.h"
 
+#include <endian.h>
 #include <errno.h>
 #include <string.h>
 
@@ -116,4 +117,94 @@ uint64_t copy_zero_pages(uint8_t *out, const void *base, uint64_t n, uint64_t pg
     for (uint64_t i = 0; i < n; i++)
         total += out[i] = copy_is_zero((const char *)base + i * pgsize, pgsize);
     return total;
+}
+
+/* Append pages to the last run, or begin another one; false when there is no room for it. */
+static bool add_pages(uint64_t *runs, size_t *n, size_t max_runs, uint64_t page, uint64_t count)
+{
+    if (*n && runs[2 * *n - 2] + runs[2 * *n - 1] == page) {
+        runs[2 * *n - 1] += count;
+        return true;
+    }
+    if (*n == max_runs)
+        return false;
+    runs[2 * *n] = page;
+    runs[2 * *n + 1] = count;
+    ++*n;
+    return true;
+}
+
+bool copy_next_chunk(struct copy_chunk *chunk, void *stage, const void *base, uint64_t pgsize, uint64_t most,
+                     uint64_t most_zeros)
+{
+    chunk->nkept = chunk->nzeros = 0;
+    chunk->kept_pages = chunk->zero_pages = 0;
+    for (; chunk->run < chunk->n; chunk->run++, chunk->page = 0) {
+        uint64_t first = chunk->runs[2 * chunk->run], count = chunk->runs[2 * chunk->run + 1];
+        for (; chunk->page < count; chunk->page++) {
+            uint64_t page = first + chunk->page;
+            const char *from = (const char *)base + page * pgsize;
+            if (chunk->kept_pages == most || chunk->kept_pages + chunk->zero_pages == most_zeros)
+                return true;
+            if (copy_is_zero(from, pgsize)) {
+                if (!add_pages(chunk->zeros, &chunk->nzeros, chunk->max_runs, page, 1))
+                    return true;
+                chunk->zero_pages++;
+                continue;
+            }
+            if (!add_pages(chunk->kept, &chunk->nkept, chunk->max_runs, page, 1))
+                return true;
+            if (stage)
+                memcpy((char *)stage + chunk->kept_pages * pgsize, from, pgsize);
+            chunk->kept_pages++;
+        }
+    }
+    return chunk->kept_pages || chunk->zero_pages;
+}
+
+int copy_admit(uint64_t *own, const void *runs, size_t n, uint64_t npages, uint64_t most, const uint16_t *brought,
+               uint16_t epoch, uint64_t *total)
+{
+    uint64_t end = 0;
+    *total = 0;
+    memcpy(own, runs, n * 16);
+    for (size_t i = 0; i < n; i++) {
+        uint64_t first = own[2 * i] = le64toh(own[2 * i]), count = own[2 * i + 1] = le64toh(own[2 * i + 1]);
+        if (!count)
+            return -EINVAL;
+        if (first >= npages || count > npages - first)
+            return -ERANGE;
+        if (first < end)
+            return -EILSEQ;
+        end = first + count;
+        *total += count;        /* disjoint: at most npages */
+    }
+    if (*total > most)
+        return -E2BIG;
+    for (size_t i = 0; i < n; i++)
+        for (uint64_t page = own[2 * i]; page < own[2 * i] + own[2 * i + 1]; page++)
+            if (brought[page] == epoch)
+                return -EEXIST;
+    return 0;
+}
+
+void copy_mark(const uint64_t *runs, size_t n, uint16_t *brought, uint16_t epoch)
+{
+    for (size_t i = 0; i < n; i++)
+        for (uint64_t page = runs[2 * i]; page < runs[2 * i] + runs[2 * i + 1]; page++)
+            brought[page] = epoch;
+}
+
+void copy_clear(void *base, const uint64_t *runs, size_t n, uint64_t pgsize, const uint16_t *brought, bool fresh)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint64_t first = runs[2 * i], count = runs[2 * i + 1];
+        if (!fresh) {
+            memset((char *)base + first * pgsize, 0, count * pgsize);
+            continue;
+        }
+        for (uint64_t page = first; page < first + count; page++)
+            if (brought[page])
+                memset((char *)base + page * pgsize, 0, pgsize);
+    }
 }

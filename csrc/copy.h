@@ -28,4 +28,34 @@ bool copy_is_zero(const void *p, size_t n);
 /* For each of n pages 1 if it is all zero, else 0; returns how many are. */
 uint64_t copy_zero_pages(uint8_t *out, const void *base, uint64_t n, uint64_t pgsize);
 
+/*
+ * The pages of runs, a chunk at a time: each run is cut into runs of pages that are all zero and runs of others (`kept`),
+ * whose content is copied to `stage` in the same pass, or only looked at where `stage` is NULL.  Memory may change
+ * meanwhile: what is staged was there at some time.
+ */
+struct copy_chunk {
+    const uint64_t *runs;       /* inside the memory: copy_check() */
+    size_t n;
+    uint64_t run, page;         /* the next page: which run, and which page of it */
+    uint64_t *kept, *zeros;     /* room for `max_runs` runs each */
+    size_t nkept, nzeros, max_runs;
+    uint64_t kept_pages, zero_pages;
+};
+
+/* The next chunk: at most `most` pages that are kept, and `most_zeros` in all.  False when there are no pages left. */
+bool copy_next_chunk(struct copy_chunk *chunk, void *stage, const void *base, uint64_t pgsize, uint64_t most,
+                     uint64_t most_zeros);
+
+/*
+ * Whether runs from outside (little-endian) are not empty (-EINVAL), ascending and disjoint (-EILSEQ), within npages
+ * (-ERANGE), `most` pages at most together (-E2BIG), and none of their pages came in this epoch already (-EEXIST:
+ * brought[page] is the epoch).  The runs are copied to `own` first, so that nobody changes them any more.
+ */
+int copy_admit(uint64_t *own, const void *runs, size_t n, uint64_t npages, uint64_t most, const uint16_t *brought,
+               uint16_t epoch, uint64_t *total);
+/* Note that the runs' pages came in this epoch. */
+void copy_mark(const uint64_t *runs, size_t n, uint16_t *brought, uint16_t epoch);
+/* Clear the runs' pages; in fresh memory only those that came before (brought[page] is not 0). */
+void copy_clear(void *base, const uint64_t *runs, size_t n, uint64_t pgsize, const uint16_t *brought, bool fresh);
+
 #endif

@@ -55,6 +55,10 @@ class Replay:
         view[:] = self.data[self.at:end]
         self.at = end
 
+    def receive_parts(self, views):
+        for view in views:
+            self.receive_into(view)
+
 
 class LogTracker:
     """A tracker over one dirty log."""
@@ -130,10 +134,10 @@ def content_of(memory):
     return [memory.read(gpa, region.size) for gpa, region in memory]
 
 
-def record(memory, target, writes=(), rounds=2, states=None):
+def record(memory, target, writes=(), rounds=2, states=None, checksum="auto"):
     """Move memory to ``target``; return the frames that the source sent.  ``writes`` happen after the first round."""
     here, there = socket.socketpair()
-    peer = Peer(there, target, verify=True)
+    peer = Peer(there, target, verify=True, checksum=checksum)
     recorder = Recorder(here)
     try:
         with MemoryLayout(memory, PGSIZE) as layout:
@@ -145,7 +149,8 @@ def record(memory, target, writes=(), rounds=2, states=None):
                         memory.write(layout.blocks[block].gpa + page * PGSIZE, data)
                         tracker.log.mark(layout.blocks[block].first_bit + page)
 
-            source = PrecopySource(recorder, downtime_limit=1e-9, max_rounds=rounds, on_round=on_round)
+            source = PrecopySource(recorder, downtime_limit=1e-9, max_rounds=rounds, checksum=checksum,
+                                   on_round=on_round)
             source.introduce(memory, PGSIZE)
             source.migrate(layout, tracker, Machine({"device": b"state"}), states)
             assert len(set(source.verify(layout))) == 1

@@ -83,6 +83,53 @@ static void test_zero(void)
     CHECK(!memcmp(flags, "\0\1\1\0\1\1\1\0", 8));
 }
 
+static void test_chunks(void)
+{
+    enum { PAGES = 300, SIZE = 512 };
+    char *memory = calloc(PAGES, SIZE), stage[7 * SIZE];
+    uint64_t all[2] = {0, PAGES}, kept[8], zeros[8], seen = 0;
+    bool right = true;
+    for (int i = 0; i < PAGES; i++)
+        memory[i * SIZE + rand() % SIZE] = (char)(rand() % 3);
+    struct copy_chunk chunk = {.runs = all, .n = 1, .kept = kept, .zeros = zeros, .max_runs = 4};
+    while (copy_next_chunk(&chunk, stage, memory, SIZE, 7, 20)) {
+        uint64_t at = 0;
+        for (size_t i = 0; i < chunk.nkept; i++)
+            for (uint64_t page = kept[2 * i]; page < kept[2 * i] + kept[2 * i + 1]; page++)
+                right = right && !memcmp(stage + at++ * SIZE, memory + page * SIZE, SIZE);
+        for (size_t i = 0; i < chunk.nzeros; i++)
+            for (uint64_t page = zeros[2 * i]; page < zeros[2 * i] + zeros[2 * i + 1]; page++)
+                right = right && copy_is_zero(memory + page * SIZE, SIZE);
+        right = right && at == chunk.kept_pages;
+        seen += chunk.kept_pages + chunk.zero_pages;
+    }
+    CHECK(right);
+    CHECK(seen == PAGES);
+    free(memory);
+}
+
+static void test_admit(void)
+{
+    uint16_t brought[10] = {0};
+    uint64_t own[4], total, good[] = {1, 2, 5, 5}, outside[] = {9, 2}, wrap[] = {1, UINT64_MAX}, back[] = {5, 1, 2, 1};
+    char memory[10 * 64];
+    CHECK(copy_admit(own, good, 2, 10, 7, brought, 1, &total) == 0 && total == 7);
+    CHECK(copy_admit(own, good, 2, 10, 6, brought, 1, &total) == -E2BIG);
+    CHECK(copy_admit(own, outside, 1, 10, 10, brought, 1, &total) == -ERANGE);
+    CHECK(copy_admit(own, wrap, 1, 10, 10, brought, 1, &total) == -ERANGE);
+    CHECK(copy_admit(own, back, 2, 10, 10, brought, 1, &total) == -EILSEQ);
+    CHECK(copy_admit(own, good, 2, 10, 7, brought, 1, &total) == 0);
+    copy_mark(own, 2, brought, 1);
+    CHECK(copy_admit(own, good, 2, 10, 7, brought, 1, &total) == -EEXIST);
+    CHECK(copy_admit(own, good, 2, 10, 7, brought, 2, &total) == 0);
+    memset(memory, 1, sizeof memory);
+    uint64_t everything[] = {0, 10};
+    copy_clear(memory, everything, 1, 64, brought, true);
+    CHECK(memory[0] == 1 && memory[64] == 0 && memory[3 * 64 - 1] == 0 && memory[3 * 64] == 1 && memory[639] == 0);
+    copy_clear(memory, everything, 1, 64, brought, false);
+    CHECK(copy_is_zero(memory, sizeof memory));
+}
+
 int main(int argc, char **argv)
 {
     srand(argc > 1 ? (unsigned)strtoul(argv[1], NULL, 0) : 20240229);
@@ -93,6 +140,8 @@ int main(int argc, char **argv)
     test_round_trip(4096, 8000, 1);
     test_checks();
     test_zero();
+    test_chunks();
+    test_admit();
     printf("%u passed, %u failed\n", passed, failed);
     return failed != 0;
 }

@@ -159,16 +159,16 @@ def test_a_line_cut_at_any_frame_forgets_no_page(memory, target):
         assert not peer.receiver.complete and isinstance(peer.failure, VfioError)
 
 
-@pytest.mark.parametrize("sent", [0, 10, 40])
+@pytest.mark.parametrize("sent", [0, 10, 44])
 def test_a_source_that_stalls_is_given_up_in_time(target, sent):
     here, there = socket.socketpair()
-    here.sendall(b"VDMA\x01\x01"[:sent].ljust(sent, b"\0"))
+    here.sendall(b"VDMA\x02\x01"[:sent].ljust(sent, b"\0"))
     receiver = PageReceiver(SocketTransport(there, 0.2), lambda hello: target)
     began = time.monotonic()
     with here, there, pytest.raises((MigrationError, ProtocolError)) as caught:
         receiver.receive()
     assert time.monotonic() - began < 2
-    assert caught.value.errno == (errno.ETIMEDOUT if sent < 40 else errno.EPROTO)
+    assert caught.value.errno == (errno.ETIMEDOUT if sent < 44 else errno.EPROTO)
 
 
 def test_a_source_that_drips_bytes_is_given_up_as_well(target):

@@ -1,19 +1,18 @@
-"""The demo with a damaged source: once, a copied page is changed before its checksum is taken."""
+"""The demo with a damaged source: a staged page is changed before its checksum is taken."""
 import sys
 
 from vfiodma.cli import main
-from vfiodma.migration import precopy
+from vfiodma.migration.sender import PageSender
 
-sound = precopy.gather
-
-
-def damage_the_last_byte(source, runs, out, pgsize):
-    copied = sound(source, runs, out, pgsize)
-    if int(runs[-1].sum()) * pgsize == len(source):
-        out[copied - 1] ^= 1        # of the last page, which no device writes
-    return copied
+sound = PageSender._send_pages
 
 
-precopy.gather = damage_the_last_byte
+def damage_the_last_byte(self, block, runs, npages, epoch):
+    if int(runs[-1].sum()) == block.npages:
+        self._stage[npages * self._layout.pgsize - 1] ^= 1      # of the last page, which no device writes
+    sound(self, block, runs, npages, epoch)
+
+
+PageSender._send_pages = damage_the_last_byte
 sys.argv[0] = "vfiodma"
 main()

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfiodma.errors import ProtocolError
+from vfiodma.errors import InvalidArgumentError, ProtocolError, UnsupportedError
 from vfiodma.migration import stream
-from vfiodma.migration.layout import check_runs, pages_of, runs_of, split_runs
-from vfiodma.migration.stream import FrameChannel, Header, Hello, Kind, Totals
+from vfiodma.migration.channel import FrameChannel
+from vfiodma.migration.layout import split_runs
+from vfiodma.migration.stream import Checksum, Header, Hello, Kind, Totals
 
 GOLDEN_PAGES = bytes.fromhex(
-    "56444d41" "01" "03" "0002" "00000000" "05000000" "0900000000000000" "02000000" "20080000" "78563412")
+    "56444d41" "02" "03" "0002" "00000000" "05000000" "0900000000000000" "02000000" "20080000" "efcdab8978563412")
 
 
 class Pipe:
@@ -32,18 +33,19 @@ class Pipe:
 
 
 def test_a_header_has_these_bytes():
-    header = Header(Kind.PAGES, 0x200, 0, 5, 9, 2, 0x820, 0x12345678)
+    header = Header(Kind.PAGES, 0x200, 0, 5, 9, 2, 0x820, 0x1234567889abcdef)
     data = stream.encode_header(header)
     assert data[:-4] == GOLDEN_PAGES
     assert data[-4:] == struct.pack("<I", zlib.crc32(GOLDEN_PAGES))
-    assert len(data) == stream.HEADER_SIZE == 40
+    assert len(data) == stream.HEADER_SIZE == 44
     assert stream.decode_header(data) == header
 
 
 def test_hello_has_these_bytes():
-    hello = Hello(4096, bytes(range(16)), ((0, 0x100000), (0x100000000, 0x2000)))
+    hello = Hello(4096, bytes(range(16)), ((0, 0x100000), (0x100000000, 0x2000)),
+                  Checksum.CRC32 | Checksum.XXH3)
     body = stream.encode_hello(hello)
-    assert body.hex() == ("00100000" "02000000" "000102030405060708090a0b0c0d0e0f"
+    assert body.hex() == ("00100000" "02000000" "000102030405060708090a0b0c0d0e0f" "03000000" "00000000"
                           "0000000000000000" "0000100000000000" "0000000001000000" "0020000000000000")
     assert stream.decode_hello(body) == hello
 
@@ -52,8 +54,8 @@ def test_a_whole_frame_has_these_bytes():
     pipe = Pipe()
     FrameChannel(pipe).send(Kind.ACK, stream.encode_totals(Totals(1, 2, 3)), epoch=4)
     body = bytes.fromhex("0100000000000000" "0200000000000000" "0300000000000000")
-    head = bytes.fromhex("56444d41" "01" "11" "0000" "00000000" "04000000" "0000000000000000" "00000000" "18000000")
-    head += struct.pack("<I", zlib.crc32(body))
+    head = bytes.fromhex("56444d41" "02" "11" "0000" "00000000" "04000000" "0000000000000000" "00000000" "18000000")
+    head += struct.pack("<Q", zlib.crc32(body))
     assert bytes(pipe.data) == head + struct.pack("<I", zlib.crc32(head)) + body
 
 
@@ -64,7 +66,9 @@ def test_totals_and_state_come_back():
 
 @pytest.mark.parametrize("change, words", [
     ({"magic": b"QEVM"}, "wrong magic"),
-    ({"version": 2}, "speaks version 2"),
+    ({"version": 1}, "speaks version 1 of the stream, this side version 2"),
+    ({"version": 3}, "speaks version 3"),
+    ({"version": 255}, "speaks version 255"),
     ({"kind": 99}, "no frame of kind"),
     ({"length": 0xFFFFFFFF}, "too long for PAGES"),
     ({"nruns": 1 << 17}, "runs do not fit"),
@@ -75,16 +79,16 @@ def test_totals_and_state_come_back():
     ({"kind": Kind.STATE, "block": 3, "nruns": 0}, "no runs and no block"),
 ])
 def test_a_header_that_lies_is_refused_even_with_a_right_checksum(change, words):
-    values = {"magic": b"VDMA", "version": 1, "kind": Kind.PAGES, "block": 0, "flags": 0, "epoch": 0, "sequence": 0,
+    values = {"magic": b"VDMA", "version": 2, "kind": Kind.PAGES, "block": 0, "flags": 0, "epoch": 0, "sequence": 0,
               "nruns": 1, "length": 4112, "crc": 0} | change
-    packed = struct.pack("<4sBBHIIQIII", *values.values())
+    packed = struct.pack("<4sBBHIIQIIQ", *values.values())
     with pytest.raises(ProtocolError, match=words):
         stream.decode_header(packed + struct.pack("<I", zlib.crc32(packed)))
 
 
-@pytest.mark.parametrize("at", range(40))
+@pytest.mark.parametrize("at", range(44))
 def test_every_flipped_byte_of_a_header_is_noticed(at):
-    data = bytearray(stream.encode_header(Header(Kind.PAGES, 0, 0, 5, 9, 2, 0x820, 0x12345678)))
+    data = bytearray(stream.encode_header(Header(Kind.PAGES, 0, 0, 5, 9, 2, 0x820, 0x1234567889abcdef)))
     data[at] ^= 0x40
     with pytest.raises(ProtocolError):
         stream.decode_header(data)
@@ -100,8 +104,8 @@ def test_a_hello_that_can_not_be_is_refused(blocks, pgsize):
         stream.decode_hello(stream.encode_hello(Hello(pgsize, bytes(16), tuple(blocks))))
 
 
-@pytest.mark.parametrize("body", [b"", bytes(23), bytes(24), struct.pack("<II16s", 4096, 2, b"") + bytes(16),
-                                  struct.pack("<II16s", 4096, 1 << 31, b"") + bytes(16)])
+@pytest.mark.parametrize("body", [b"", bytes(31), bytes(32), struct.pack("<II16sII", 4096, 2, b"", 1, 0) + bytes(16),
+                                  struct.pack("<II16sII", 4096, 1 << 31, b"", 1, 0) + bytes(16)])
 def test_a_hello_of_a_wrong_length_is_refused(body):
     with pytest.raises(ProtocolError):
         stream.decode_hello(body)
@@ -136,13 +140,6 @@ def plain(runs):
     return [page for first, count in runs.tolist() for page in range(first, first + count)]
 
 
-@given(RUNS)
-def test_runs_and_pages_are_two_views_of_the_same(runs):
-    pages = pages_of(runs)
-    assert pages.tolist() == plain(runs)
-    assert runs_of(pages).tolist() == runs.tolist()
-
-
 @given(RUNS, st.integers(1, 40))
 def test_split_runs_gives_the_same_pages_in_full_portions(runs, npages):
     parts = list(split_runs(runs, npages))
@@ -151,11 +148,66 @@ def test_split_runs_gives_the_same_pages_in_full_portions(runs, npages):
     assert all((part[:, 1] > 0).all() for part in parts)
 
 
-@pytest.mark.parametrize("runs", [[(0, 0)], [(10, 1)], [(9, 2)], [(0, 2), (1, 1)], [(3, 1), (1, 1)],
-                                  [(1 << 63, 1 << 63)], [(1, (1 << 64) - 1)], [((1 << 64) - 1, 2)]])
-def test_runs_from_outside_are_checked_without_overflow(runs):
-    assert check_runs(np.array(runs, np.uint64), 10)
+def test_ready_has_these_bytes():
+    hello = Hello(4096, bytes(range(16)), ((0, 4096),), Checksum.XXH3 | Checksum.CRC32)
+    body = stream.encode_ready(hello.stream_id, Checksum.XXH3)
+    assert body.hex() == "000102030405060708090a0b0c0d0e0f" "02000000" "00000000"
+    assert stream.decode_ready(body, hello) is Checksum.XXH3
 
 
-def test_good_runs_pass():
-    assert check_runs(np.array([(0, 3), (3, 1), (9, 1)], np.uint64), 10) == ""
+@pytest.mark.parametrize("body, words", [
+    (struct.pack("<16sII", b"other", 1, 0), "another stream"),
+    (struct.pack("<16sII", bytes(16), 0, 0), "not offered"),
+    (struct.pack("<16sII", bytes(16), 2, 0), "not offered"),
+    (struct.pack("<16sII", bytes(16), 3, 0), "not offered"),
+    (struct.pack("<16sII", bytes(16), 8, 0), "not offered"),
+    (struct.pack("<16sII", bytes(16), 1, 1), "not offered"),
+    (bytes(16), "READY of 16 bytes"),
+])
+def test_a_ready_with_what_was_not_offered_is_refused(body, words):
+    with pytest.raises(ProtocolError, match=words):
+        stream.decode_ready(body, Hello(4096, bytes(16), ((0, 4096),)))
+
+
+def test_the_best_checksum_of_both_sides_is_taken_and_none_only_when_both_ask():
+    crc, xxh3, none = Checksum.CRC32, Checksum.XXH3, Checksum.NONE
+    assert stream.agree(crc | xxh3, crc | xxh3) is xxh3
+    assert stream.agree(crc | xxh3, crc) is stream.agree(crc, crc | xxh3) is crc
+    assert stream.agree(none, none) is none
+    assert stream.agree(Checksum(1 << 20 | 1), crc | xxh3) is crc
+    for offered, taken in [(none, crc | xxh3), (crc | xxh3, none), (xxh3, crc), (Checksum(0), crc)]:
+        with pytest.raises(ProtocolError, match="no checksum in common"):
+            stream.agree(offered, taken)
+    assert not stream.offer("auto") & none
+
+
+def test_without_the_library_crc32_is_offered_and_xxh3_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(stream, "xxhash", None)
+    assert stream.offer("auto") is Checksum.CRC32
+    with pytest.raises(UnsupportedError, match="xxhash"):
+        stream.offer("xxh3")
+    with pytest.raises(InvalidArgumentError, match="md5"):
+        stream.offer("md5")
+
+
+def test_xxh3_is_that_of_the_library_over_all_parts():
+    xxhash = pytest.importorskip("xxhash")
+    assert stream.body_sum(Checksum.XXH3, []) == 0x2d06800538d394c2
+    for parts in ([b"abc"], [b"a", b"bc"], [b"a" * 1000, np.arange(3, dtype=np.uint64)]):
+        assert stream.body_sum(Checksum.XXH3, parts) == xxhash.xxh3_64_intdigest(b"".join(map(bytes, parts)))
+
+
+def test_without_checksums_content_is_not_summed_and_everything_else_is():
+    pipe = Pipe()
+    channel = FrameChannel(pipe)
+    channel.checksum = Checksum.NONE
+    channel.send(Kind.PAGES, struct.pack("<QQ", 0, 1), content=[b"x" * 512], nruns=1)
+    pipe.data[-1] ^= 1
+    header, body = channel.receive(Kind.PAGES)
+    assert bytes(body) == struct.pack("<QQ", 0, 1) and header.length == 528
+    assert bytes(pipe.data) == b"x" * 511 + b"y"
+    channel.send(Kind.ACK, bytes(24))
+    del pipe.data[:512]
+    pipe.data[-1] ^= 1
+    with pytest.raises(ProtocolError, match="checksum"):
+        channel.receive(Kind.ACK)

@@ -17,10 +17,10 @@ BEFORE = [bytes(512) + bytes(range(256)) * 6 + bytes(1024) + b"x" * 1024, bytes(
 WRITES = [(0, 1, b"N" * 512), (1, 7, b"M" * 512), (0, 7, bytes(512))]
 
 
-@pytest.fixture(scope="module")
-def frames():
+@pytest.fixture(scope="module", params=["auto", "crc32"])
+def frames(request):
     with guest(BEFORE) as memory, guest([OLD, OLD]) as target:
-        recorded = record(memory, target, WRITES)
+        recorded = record(memory, target, WRITES, checksum=request.param)
         assert content_of(target) == content_of(memory)
     return recorded
 
@@ -31,11 +31,11 @@ def target():
         yield memory
 
 
-def replay(data, target):
+def replay(data, target, checksum="auto"):
     """Let a receiver take a stream in; return it."""
     for gpa, region in target:
         target.write(gpa, OLD[:region.size])
-    receiver = PageReceiver(Replay(data), lambda hello: target)
+    receiver = PageReceiver(Replay(data), lambda hello: target, checksum=checksum)
     try:
         receiver.receive()
         receiver.answer_verify()
@@ -96,6 +96,31 @@ def test_truncation_at_every_length_is_an_error(frames, target):
         assert not receiver.complete
 
 
+def test_without_checksums_a_flipped_byte_outside_of_content_is_an_error():
+    with guest(BEFORE) as memory, guest([OLD, OLD]) as target:
+        frames = record(memory, target, WRITES, checksum="none")
+        assert content_of(target) == content_of(memory)
+        at = 0
+        data = bytearray(b"".join(frames))
+        for frame in frames:
+            header = stream.decode_header(frame[:stream.HEADER_SIZE])
+            content = stream.HEADER_SIZE + header.nruns * stream.RUN_SIZE if header.kind is Kind.PAGES else len(frame)
+            for offset in range(content):
+                data[at + offset] ^= 1 << offset % 8
+                with pytest.raises(ProtocolError):
+                    replay(data, target, "none")
+                assert only_sent_pages(target)
+                data[at + offset] ^= 1 << offset % 8
+            at += len(frame)
+        replay(data, target, "none")
+        assert content_of(target) == after_writes()
+        for length in range(0, len(data), 7):
+            with pytest.raises(ProtocolError):
+                replay(data[:length], target, "none")
+        with pytest.raises(ProtocolError, match="no checksum in common: the source offers none, the destination takes"):
+            replay(data, target)
+
+
 @pytest.mark.parametrize("change", ["repeat", "drop", "swap"])
 def test_frames_repeated_dropped_or_swapped_are_an_error(frames, target, change):
     for at in range(len(frames)):
@@ -117,7 +142,7 @@ def test_frames_repeated_dropped_or_swapped_are_an_error(frames, target, change)
 
 def test_garbage_is_an_error(target):
     rng = random.Random(20)
-    for length in [0, 1, 39, 40, 41, 100, 5000] * 40:
+    for length in [0, 1, 43, 44, 45, 100, 5000] * 40:
         with pytest.raises(ProtocolError):
             replay(rng.randbytes(length), target)
         assert content_of(target) == [OLD, OLD]
@@ -142,7 +167,7 @@ class Forger:
 
     def add(self, kind, body=b"", nruns=0, **fields):
         fields = {"block": 0, "flags": 0, "epoch": 0, "sequence": self.sequence} | fields
-        header = Header(kind, nruns=nruns, length=len(body), body_crc=zlib.crc32(body), **fields)
+        header = Header(kind, nruns=nruns, length=len(body), body_sum=zlib.crc32(body), **fields)
         self.data += stream.encode_header(header) + body
         self.sequence += 1
         return self
@@ -259,6 +284,7 @@ def test_the_source_refuses_answers_of_another_kind_or_stream(target):
     reply = Replay(Forger().data)
     with pytest.raises(MigrationError, match="HELLO came where"):
         PrecopySource(reply).introduce(target, PGSIZE)
-    answer = stream.encode_header(Header(Kind.READY, 0, 0, 0, 0, 0, 16, zlib.crc32(bytes(16)))) + bytes(16)
+    body = stream.encode_ready(bytes(16), stream.Checksum.CRC32)
+    answer = stream.encode_header(Header(Kind.READY, 0, 0, 0, 0, 0, len(body), zlib.crc32(body))) + body
     with pytest.raises(MigrationError, match="another stream"):
         PrecopySource(Replay(answer)).introduce(target, PGSIZE)

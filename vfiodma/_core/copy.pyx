@@ -1,7 +1,11 @@
-"""Copying pages between guest memory and a linear buffer, and finding zero pages.  C does the work: csrc/copy.c."""
+"""Copying pages between guest memory and linear buffers, and finding zero pages.  C does the work: csrc/copy.c.
+
+``gather``, ``scatter``, ``zero_pages`` are for anybody; ``PageStage`` and ``PageIntake`` are the two ends of a migration.
+"""
 from cpython.buffer cimport Py_buffer, PyBuffer_Release, PyObject_CheckBuffer
-from libc.errno cimport EINVAL, ERANGE
-from libc.stdint cimport UINT64_MAX, uint8_t, uint64_t, uintptr_t
+from libc.errno cimport E2BIG, EEXIST, EILSEQ, EINVAL, ENOMEM, EPROTO, ERANGE
+from libc.stdint cimport UINT64_MAX, uint8_t, uint16_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc
 
 from .buffers cimport as_pgsize, as_u64, open_buffer, open_u64
 from .errno cimport raise_errno
@@ -13,6 +17,21 @@ cdef extern from "copy.h" nogil:
     uint64_t copy_scatter(const void *linear, uint64_t room, void *base, uint64_t npages, const uint64_t *runs,
                           size_t n, uint64_t pgsize)
     uint64_t copy_zero_pages(uint8_t *out, const void *base, uint64_t n, uint64_t pgsize)
+
+    ctypedef struct copy_chunk "struct copy_chunk":
+        const uint64_t *runs
+        size_t n
+        uint64_t *kept
+        uint64_t *zeros
+        size_t nkept, nzeros, max_runs
+        uint64_t kept_pages, zero_pages
+
+    bint copy_next_chunk(copy_chunk *chunk, void *stage, const void *base, uint64_t pgsize, uint64_t most,
+                         uint64_t most_zeros)
+    int copy_admit(uint64_t *own, const void *runs, size_t n, uint64_t npages, uint64_t most, const uint16_t *brought,
+                   uint16_t epoch, uint64_t *total)
+    void copy_mark(const uint64_t *runs, size_t n, uint16_t *brought, uint16_t epoch)
+    void copy_clear(void *base, const uint64_t *runs, size_t n, uint64_t pgsize, const uint16_t *brought, bint fresh)
 
 
 def gather(source, runs, out, pgsize=4096):
@@ -189,3 +208,274 @@ def zero_pages(buffer, pgsize=4096, out=None):
     finally:
         PyBuffer_Release(&view)
     return numpy.frombuffer(out, numpy.bool_)[:n] if n else numpy.empty(0, numpy.bool_)
+
+
+cdef class PageStage:
+    """Runs of pages of memory that is being written, a chunk at a time: content staged, zero pages set apart.
+
+    Parameters
+    ----------
+    memory : buffer
+        C-contiguous; held until this object goes.
+    runs : (n, 2) uint64 array
+        First page and number of pages of each run.  Held, and not to be changed.
+    stage : writable buffer or None
+        Where the content of a chunk goes: its size in pages is what a chunk may have.  None: content stays where it is,
+        and is only looked at.
+    pgsize : int
+        Bytes of a page, a power of two.
+    npages : int, optional
+        Pages with content of a chunk, at most; needed where ``stage`` is None.
+    zeros : int
+        Pages of a chunk, at most, zero ones included.
+    max_runs : int
+        Runs of a chunk, at most, of each kind.
+
+    Attributes
+    ----------
+    kept, zeros : (n, 2) uint64 ndarray
+        The chunk's runs of pages with content, and of pages that were all zero; copies.
+    kept_pages, zero_pages : int
+        How many pages these are.
+
+    Raises
+    ------
+    InvalidArgumentError
+        EINVAL: an empty run; no room for a page.  ERANGE: a run that is not inside the memory.
+
+    Notes
+    -----
+    One pass over memory, without the GIL; for one thread at a time.  A page is looked at and then copied while others may write it: what is
+    staged, or taken for zero, was there at some time in between.  Source: as of ``gather``.
+    """
+    cdef Py_buffer _memory, _runs, _stage
+    cdef bint _has_memory, _has_runs, _has_stage
+    cdef copy_chunk _chunk
+    cdef uint64_t _pgsize, _most, _most_zeros
+
+    def __cinit__(self, memory, runs, stage, pgsize=4096, npages=None, zeros=1 << 14, max_runs=1 << 12):
+        cdef uint64_t total, lowest, end
+        cdef int err
+        self._pgsize = as_pgsize("stage", pgsize)
+        open_buffer(memory, &self._memory, "stage", False)
+        self._has_memory = True
+        open_u64(runs, &self._runs, "stage", False, 2)
+        self._has_runs = True
+        if stage is not None:
+            open_buffer(stage, &self._stage, "stage", True)
+            self._has_stage = True
+            self._most = <uint64_t> self._stage.len // self._pgsize
+        if npages is not None:
+            end = as_u64("stage", npages)
+            self._most = min(self._most, end) if self._has_stage else end
+        self._most_zeros = as_u64("stage", zeros)
+        self._chunk.max_runs = as_u64("stage", max_runs)
+        if not self._most or not self._most_zeros or not self._chunk.max_runs or self._chunk.max_runs > 1 << 24:
+            raise_errno(EINVAL, "stage", None, None, "a chunk has no room for a page")
+        err = copy_check(<const uint64_t *> self._runs.buf, self._runs.shape[0],
+                         <uint64_t> self._memory.len // self._pgsize, &total, &lowest, &end)
+        if err:
+            raise_errno(-err, "stage", None, None, "a run is empty" if err == -EINVAL
+                        else "a run is not inside the memory")
+        self._chunk.runs = <const uint64_t *> self._runs.buf
+        self._chunk.n = self._runs.shape[0]
+        self._chunk.kept = <uint64_t *> malloc(self._chunk.max_runs * 32)
+        if self._chunk.kept == NULL:
+            raise_errno(ENOMEM, "stage")
+        self._chunk.zeros = self._chunk.kept + 2 * self._chunk.max_runs
+
+    def __dealloc__(self):
+        self._release()
+        free(self._chunk.kept)
+
+    cdef void _release(self):
+        self._chunk.n = 0
+        if self._has_stage:
+            self._has_stage = False
+            PyBuffer_Release(&self._stage)
+        if self._has_runs:
+            self._has_runs = False
+            PyBuffer_Release(&self._runs)
+        if self._has_memory:
+            self._has_memory = False
+            PyBuffer_Release(&self._memory)
+
+    def release(self):
+        """Let go of the buffers; there are no more chunks.  Idempotent."""
+        self._release()
+
+    def next(self):
+        """Stage the next chunk; return False when there are no more pages."""
+        cdef bint more
+        with nogil:
+            more = copy_next_chunk(&self._chunk, self._stage.buf if self._has_stage else NULL, self._memory.buf,
+                                   self._pgsize, self._most, self._most_zeros)
+        return more
+
+    @property
+    def kept(self):
+        return copied_runs(self._chunk.kept, self._chunk.nkept)
+
+    @property
+    def zeros(self):
+        return copied_runs(self._chunk.zeros, self._chunk.nzeros)
+
+    @property
+    def kept_pages(self):
+        return self._chunk.kept_pages
+
+    @property
+    def zero_pages(self):
+        return self._chunk.zero_pages
+
+
+cdef object copied_runs(const uint64_t *runs, size_t n):
+    import numpy
+    return numpy.frombuffer((<const char *> runs)[:n * 16], numpy.uint64).reshape(-1, 2)
+
+
+cdef class PageIntake:
+    """One block of memory that pages from outside are put into, each at most once an epoch.
+
+    Parameters
+    ----------
+    memory : writable buffer
+        C-contiguous; held until this object goes.
+    pgsize : int
+        Bytes of a page, a power of two.
+    fresh : bool
+        The memory holds nothing but zeros.
+    max_runs : int
+        Runs that are taken at once, at most.
+
+    Notes
+    -----
+    ``admit`` checks runs and keeps them; then ``put`` or ``clear`` does to memory what they say, or ``views`` tells
+    where content may be received to, and ``done`` notes that it was.  The GIL is released; for one thread at a time.
+    Source: docs/stream.md, what the receiver checks.
+    """
+    cdef Py_buffer _memory
+    cdef bint _has_memory, _fresh
+    cdef object _view
+    cdef uint64_t _pgsize, _npages, _total
+    cdef uint64_t *_runs
+    cdef uint16_t *_brought         # the number + 1 of the epoch that brought a page; 0: none did
+    cdef size_t _n, _max_runs
+    cdef uint16_t _epoch
+
+    def __cinit__(self, memory, pgsize=4096, fresh=False, max_runs=1 << 16):
+        self._pgsize = as_pgsize("intake", pgsize)
+        self._fresh = fresh
+        self._max_runs = as_u64("intake", max_runs)
+        open_buffer(memory, &self._memory, "intake", True)
+        self._has_memory = True
+        self._view = memoryview(memory).cast("B")
+        self._npages = <uint64_t> self._memory.len // self._pgsize
+        self._runs = <uint64_t *> calloc(self._max_runs + 1, 16)
+        self._brought = <uint16_t *> calloc(self._npages + 1, 2)
+        if self._runs == NULL or self._brought == NULL:
+            raise_errno(ENOMEM, "intake")
+
+    def __dealloc__(self):
+        free(self._runs)
+        free(self._brought)
+        if self._has_memory:
+            PyBuffer_Release(&self._memory)
+
+    def admit(self, runs, nruns, epoch, most):
+        """Check runs from outside against the block and what came before.
+
+        Parameters
+        ----------
+        runs : buffer
+            ``nruns`` times first page and number of pages, u64, little-endian.
+        nruns : int
+            Not 0.
+        epoch : int
+            From 0 to 65,534.
+        most : int
+            Pages of all runs, at most.
+
+        Returns
+        -------
+        int
+            Pages of the runs.
+
+        Raises
+        ------
+        ProtocolError
+            EPROTO: an empty run, runs that are not ascending or overlap, a run outside, too many pages, or a page that
+            came in this epoch already.
+        """
+        cdef Py_buffer view
+        cdef uint64_t limit = as_u64("intake", most), n = as_u64("intake", nruns)
+        cdef uint16_t number = epoch + 1
+        cdef int err = 0
+        self._n = 0
+        open_buffer(runs, &view, "intake", False)
+        try:
+            if not n or n > self._max_runs or n > <uint64_t> view.len // 16:
+                refuse("without runs" if not n else f"with {n} runs in {view.len} bytes")
+            with nogil:
+                err = copy_admit(self._runs, view.buf, n, self._npages, limit, self._brought, number, &self._total)
+        finally:
+            PyBuffer_Release(&view)
+        if err == -EINVAL:
+            refuse("with an empty run")
+        elif err == -ERANGE:
+            refuse(f"with a run that ends behind the block's {self._npages} pages")
+        elif err == -EILSEQ:
+            refuse("with runs that are not ascending or overlap")
+        elif err == -E2BIG:
+            refuse(f"with {self._total} pages, more than a chunk")
+        elif err == -EEXIST:
+            refuse(f"with a page that came twice in epoch {epoch}")
+        self._n = n
+        self._epoch = number
+        return self._total
+
+    def put(self, content):
+        """Copy the admitted pages' content, one page after another, into memory."""
+        cdef Py_buffer view
+        open_buffer(content, &view, "intake", False)
+        try:
+            if <uint64_t> view.len != self._total * self._pgsize:
+                raise_errno(EINVAL, "intake", None, None, f"{view.len} bytes for {self._total} pages")
+            with nogil:
+                copy_scatter(view.buf, self._total, self._memory.buf, self._npages, self._runs, self._n, self._pgsize)
+                self._finish()
+        finally:
+            PyBuffer_Release(&view)
+
+    def clear(self):
+        """Clear the admitted pages; in fresh memory only those that some epoch brought."""
+        with nogil:
+            copy_clear(self._memory.buf, self._runs, self._n, self._pgsize, self._brought, self._fresh)
+            self._finish()
+
+    def views(self):
+        """Return a memoryview of each admitted run's bytes in memory."""
+        cdef size_t i
+        return [self._view[self._runs[2 * i] * self._pgsize:(self._runs[2 * i] + self._runs[2 * i + 1]) * self._pgsize]
+                for i in range(self._n)]
+
+    def done(self):
+        """Note that the admitted pages came."""
+        self._finish()
+
+    cdef void _finish(self) noexcept nogil:
+        copy_mark(self._runs, self._n, self._brought, self._epoch)
+        self._n = self._total = 0
+
+    def release(self):
+        """Let go of the memory; nothing can be admitted any more.  Idempotent."""
+        self._n = self._npages = self._total = 0
+        self._view = None
+        if self._has_memory:
+            self._has_memory = False
+            PyBuffer_Release(&self._memory)
+
+
+cdef int refuse(str why) except -1:
+    raise_errno(EPROTO, "migration_stream", None, None, why)
+    return 0

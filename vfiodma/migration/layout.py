@@ -2,7 +2,7 @@
 import errno
 import hashlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from .._core.errno import error
 from ..memory import GuestMemory, MemoryRegion
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    Pages = npt.NDArray[np.uint64]      #: (n,) numbers of pages
     Runs = npt.NDArray[np.uint64]       #: (n, 2) first page and number of pages
 
 
@@ -96,37 +95,3 @@ def split_runs(runs: "Runs", npages: int) -> "Iterator[Runs]":
         part[0, 0] += skip
         part[0, 1] -= skip
         yield part
-
-
-def pages_of(runs: "Runs") -> "Pages":
-    """Return the number of every page of the runs."""
-    import numpy as np
-
-    before = np.cumsum(runs[:, 1]) - runs[:, 1]
-    numbers = np.arange(int(runs[:, 1].sum()), dtype=np.uint64)
-    return numbers + np.repeat(runs[:, 0] - before, runs[:, 1].astype(np.int64))
-
-
-def runs_of(pages: "Pages") -> "Runs":
-    """Return ascending pages as runs."""
-    import numpy as np
-
-    breaks = np.flatnonzero(np.diff(pages) != 1) + 1
-    edges = np.concatenate(([0], breaks, [len(pages)])) if len(pages) else np.zeros(1, np.int64)
-    return np.column_stack((pages[edges[:-1]], np.diff(edges).astype(np.uint64)))
-
-
-def check_runs(runs: "Runs", npages: int) -> str:
-    """Return what is wrong with runs from outside: empty, unordered, overlapping, out of bounds; "" if nothing is.
-
-    Overflow is not possible: the count is compared with what is left behind the first page.
-    """
-    first, count = runs[:, 0], runs[:, 1]
-    limit: Any = first.dtype.type(npages)
-    if (count == 0).any():
-        return "an empty run"
-    if (first >= limit).any() or (count > limit - first).any():
-        return f"a run ends behind the block's {npages} pages"
-    if (first[1:] < first[:-1] + count[:-1]).any():
-        return "runs that are not ascending or overlap"
-    return ""

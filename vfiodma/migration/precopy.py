@@ -5,21 +5,19 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from .._core.bitmap import DirtyBitmap
-from .._core.copy import gather, zero_pages
 from .._core.errno import error
 from ..errors import MigrationError, VfioError
 from ..memory import GuestMemory
 from . import stream
+from .channel import FrameChannel, gave_up
 from .convergence import Convergence, Step
-from .layout import MemoryLayout, pages_of, runs_of, split_runs
+from .layout import MemoryLayout
 from .ledger import Ledger
-from .stream import FrameChannel, Hello, Kind, Totals
-
-if TYPE_CHECKING:
-    from .layout import Runs
+from .sender import PageSender
+from .stream import Hello, Kind
 
 
 class Tracker(Protocol):
@@ -86,6 +84,9 @@ class PrecopySource:
         Seconds that the devices may stand still.
     max_rounds : int
         Rounds with running devices, at most.
+    checksum : {"auto", "xxh3", "crc32", "none"}
+        What protects the bytes on their way: by default xxh3 where both sides have the library ``xxhash``, else CRC-32.
+        "none" must be asked for on both sides, and is for transports that protect bytes themselves.
     on_round, on_progress : callable, optional
         Called with each finished Round; with (epoch, pages done, pages in all) after each chunk.
 
@@ -96,25 +97,26 @@ class PrecopySource:
     """
 
     def __init__(self, transport: Any, *, downtime_limit: float = 0.3, max_rounds: int = 16,
+                 checksum: str = "auto",
                  on_round: Callable[[Round], object] | None = None,
                  on_progress: Callable[[int, int, int], object] | None = None) -> None:
         if downtime_limit <= 0 or max_rounds < 1:
             raise error(errno.EINVAL, "migrate", hint="downtime_limit is above 0, max_rounds at least 1")
         self._channel = FrameChannel(transport)
+        self._offer = stream.offer(checksum)
         self.convergence = Convergence(downtime_limit, max_rounds)
         self._on_round = on_round or (lambda _: None)
         self._on_progress = on_progress or (lambda *_: None)
         self._hello: Hello | None = None
         self.ledger: Ledger | None = None
-        self._note_sent: Callable[..., object] | None = None
+        self._sender: PageSender | None = None
 
     def introduce(self, memory: GuestMemory, pgsize: int = 4096) -> None:
         """Tell the destination what will come, so that it can get memory ready."""
         with MemoryLayout(memory, pgsize) as layout, self._failing("introduce"):
-            self._hello = Hello(pgsize, os.urandom(16), layout.shape)
+            self._hello = Hello(pgsize, os.urandom(16), layout.shape, self._offer)
             self._channel.send(Kind.HELLO, stream.encode_hello(self._hello))
-            if bytes(self._answer(Kind.READY)) != self._hello.stream_id:
-                raise stream.damaged("READY for another stream")
+            self._channel.checksum = stream.decode_ready(self._channel.answer(Kind.READY), self._hello)
 
     def migrate(self, layout: MemoryLayout, tracker: Tracker, machine: Machine,
                 states: Mapping[str, bytes] | None = None) -> MigrationResult:
@@ -144,7 +146,8 @@ class PrecopySource:
             with self._failing("migrate"):
                 tracker.start()
                 # A tracker that compares memory with what was sent must be told what that was.
-                self._note_sent = getattr(tracker, "note_sent", None) if getattr(tracker, "compares", False) else None
+                note_sent = getattr(tracker, "note_sent", None) if getattr(tracker, "compares", False) else None
+                self._sender = PageSender(self._channel, layout, note_sent, self._on_progress)
                 for block in layout.blocks:
                     self.ledger.pending.set(block.first_bit, block.npages)
                 step = Step.CONTINUE
@@ -175,7 +178,7 @@ class PrecopySource:
         with self._failing("verify"):
             self._channel.send(Kind.VERIFY)
             here = layout.digest()
-            there = bytes(self._answer(Kind.DIGEST))
+            there = bytes(self._channel.answer(Kind.DIGEST))
             if len(there) != stream.DIGEST_SIZE:
                 raise stream.damaged("a digest of a wrong length")
             return here, there
@@ -184,20 +187,20 @@ class PrecopySource:
         """Hand the guest over: from here on the destination owns it."""
         with self._failing("release"):
             self._channel.send(Kind.RUN)
-            self._answer(Kind.STARTED)
+            self._channel.answer(Kind.STARTED)
 
     # Inside
 
     def _round(self, layout: MemoryLayout, tracker: Tracker | None, states: Mapping[str, bytes]) -> Round:
         """Send an epoch; without a tracker it is the final one."""
-        assert self.ledger is not None
+        assert self.ledger is not None and self._sender is not None
         epoch, before, began = self.convergence.rounds, self._channel.bytes_sent, time.perf_counter()
         for name, data in states.items():
             self._channel.send(Kind.STATE, stream.encode_state(name, data), epoch=epoch)
-        totals = self._send_pages(layout, self.ledger.take(), epoch)
+        totals = self._sender.send(self.ledger.take(), epoch)
         sent = time.perf_counter()
         self._channel.send(Kind.END, stream.encode_totals(totals), epoch=epoch, flags=0 if tracker else stream.FINAL)
-        if stream.decode_totals(self._answer(Kind.ACK, epoch)) != totals:
+        if stream.decode_totals(self._channel.answer(Kind.ACK, epoch)) != totals:
             raise stream.damaged(f"the acknowledgement of epoch {epoch} has other totals")
         self.ledger.retire()
         acked = time.perf_counter()
@@ -216,51 +219,6 @@ class PrecopySource:
         self._on_round(done)
         return step
 
-    def _send_pages(self, layout: MemoryLayout, dirty: DirtyBitmap, epoch: int) -> Totals:
-        """Send all dirty pages in chunks.
-
-        A chunk is copied first, and only the copy is looked at and sent: devices go on writing into the memory, and a
-        checksum of live memory would raise false alarms.
-        """
-        import numpy as np
-
-        pgsize, frames, pages, zeros = layout.pgsize, 0, 0, 0
-        stage: Any = np.empty(stream.CHUNK_BYTES, np.uint8)
-        todo = dirty.count()
-        for block in layout.blocks:
-            runs = dirty[block.first_bit:block.first_bit + block.npages].runs()
-            for part in split_runs(runs, stream.CHUNK_BYTES // pgsize):
-                count = int(part[:, 1].sum())
-                copy = stage[:count * pgsize]
-                gather(block.view, part, copy, pgsize)
-                if self._note_sent is not None:
-                    self._note_sent(block.number, part, copy)
-                empty = zero_pages(copy, pgsize)
-                nempty = int(np.count_nonzero(empty))
-                if nempty:
-                    numbers = pages_of(part)
-                    self._send_runs(Kind.ZEROS, block.number, epoch, runs_of(numbers[empty]))
-                    part, copy = runs_of(numbers[~empty]), copy.reshape(count, pgsize)[~empty].reshape(-1)
-                if nempty < count:
-                    self._send_runs(Kind.PAGES, block.number, epoch, part, copy)
-                frames += (nempty > 0) + (nempty < count)
-                pages, zeros = pages + count - nempty, zeros + nempty
-                self._on_progress(epoch, pages + zeros, todo)
-        return Totals(frames, pages, zeros)
-
-    def _send_runs(self, kind: Kind, block: int, epoch: int, runs: "Runs", *content: Any) -> None:
-        # Little-endian on every machine; no copy where it is already.
-        self._channel.send(kind, runs.astype("<u8", copy=False), *content, block=block, epoch=epoch, nruns=len(runs))
-
-    def _answer(self, kind: Kind, epoch: int = 0) -> memoryview:
-        header, body = self._channel.receive(kind, Kind.ERROR)
-        if header.kind is Kind.ERROR:
-            raise MigrationError(errno.ECONNABORTED, operation="migrate",
-                                 hint=f"the destination gave up: {bytes(body).decode(errors='replace')}")
-        if header.epoch != epoch:
-            raise stream.damaged(f"{kind.name} of epoch {header.epoch}, {epoch} was awaited")
-        return body
-
     @contextlib.contextmanager
     def _failing(self, operation: str) -> Any:
         """Turn a loss of the peer into MigrationError, with the peer's own words where it left some."""
@@ -270,7 +228,7 @@ class PrecopySource:
             if exc.errno == errno.ECONNRESET:
                 with contextlib.suppress(VfioError):
                     _, body = self._channel.receive(Kind.ERROR)
-                    exc.hint = f"the destination gave up: {bytes(body).decode(errors='replace')}"
+                    exc.hint = gave_up(body)
             if isinstance(exc, MigrationError):
                 raise
             raise MigrationError(exc.errno, exc.strerror, operation=exc.operation or operation, iova=exc.iova,

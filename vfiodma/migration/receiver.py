@@ -4,12 +4,13 @@ import errno
 from collections.abc import Callable
 from typing import Any, Self
 
-from .._core.copy import scatter
+from .._core.copy import PageIntake
 from ..errors import VfioError
 from ..memory import GuestMemory
 from . import stream
-from .layout import Block, MemoryLayout, check_runs, pages_of, runs_of, split_runs
-from .stream import FrameChannel, Header, Hello, Kind, Totals, damaged
+from .channel import FrameChannel
+from .layout import MemoryLayout
+from .stream import Checksum, Header, Hello, Kind, Totals, damaged
 
 
 class PageReceiver:
@@ -23,6 +24,8 @@ class PageReceiver:
         Called with a Hello; returns the GuestMemory to fill, or raises VfioError to refuse.
     fresh : bool
         The memory holds nothing but zeros, so that zero pages need no writing the first time.
+    checksum : {"auto", "xxh3", "crc32", "none"}
+        What this side takes; as of PrecopySource.
     on_state : callable, optional
         Called with (name, bytes) of each state.
     on_switch : callable, optional
@@ -38,16 +41,20 @@ class PageReceiver:
     Notes
     -----
     ``receive``, ``answer_verify``, ``await_release``.  Every frame is received whole and checked (checksum, order,
-    bounds, sizes, counts, duplicates) before memory is touched.  A failure is told to the source and raised:
+    bounds, sizes, counts, duplicates) before memory is touched; without checksums, content is received into memory once
+    everything else was checked.  A failure is told to the source and raised:
     ProtocolError (EPROTO) for a stream that is truncated or damaged, MigrationError for a source that went away.
     """
 
     def __init__(self, transport: Any, make_memory: Callable[[Hello], GuestMemory], *, fresh: bool = False,
+                 checksum: str = "auto",
                  on_state: Callable[[str, bytes], object] | None = None,
                  on_switch: Callable[[], object] | None = None) -> None:
         self._channel = FrameChannel(transport)
         self._make_memory = make_memory
         self._fresh = fresh
+        self._takes = stream.offer(checksum)
+        self._intakes: list[PageIntake] = []
         self._on_state = on_state or (lambda *_: None)
         self._on_switch = on_switch or (lambda: None)
         self.layout: MemoryLayout | None = None
@@ -57,15 +64,10 @@ class PageReceiver:
 
     def receive(self) -> None:
         """Receive everything up to the final epoch, and acknowledge it."""
-        import numpy as np
-
         with self._telling():
             layout = self._receive_hello()
-            zeros = np.zeros(stream.CHUNK_BYTES, np.uint8)
-            # The number + 1 of the epoch that brought a page; 0 = none did.
-            brought = [np.zeros(block.npages, np.uint16) for block in layout.blocks]
             while not self.complete:
-                final = self._receive_epoch(layout, brought, zeros)
+                final = self._receive_epoch(layout)
                 if final:
                     self._on_switch()
                 self._channel.send(Kind.ACK, stream.encode_totals(self._totals), epoch=self.epoch)
@@ -91,6 +93,8 @@ class PageReceiver:
 
     def close(self) -> None:
         """Let the memory go; idempotent."""
+        for intake in self._intakes:
+            intake.release()
         if self.layout is not None:
             self.layout.close()
 
@@ -107,13 +111,17 @@ class PageReceiver:
         hello = stream.decode_hello(body)
         if header.epoch:
             raise damaged("HELLO belongs to no epoch")
+        checksum = stream.agree(hello.checksums, self._takes)
         self.layout = MemoryLayout(self._make_memory(hello), hello.pgsize)
         if self.layout.shape != hello.blocks:
             raise damaged("the memory here has another shape than the source's")
-        self._channel.send(Kind.READY, hello.stream_id)
+        self._intakes = [PageIntake(block.view, hello.pgsize, self._fresh, stream.MAX_RUNS)
+                         for block in self.layout.blocks]
+        self._channel.send(Kind.READY, stream.encode_ready(hello.stream_id, checksum))
+        self._channel.checksum = checksum
         return self.layout
 
-    def _receive_epoch(self, layout: MemoryLayout, brought: list[Any], zeros: Any) -> bool:
+    def _receive_epoch(self, layout: MemoryLayout) -> bool:
         """Receive frames up to END; return whether it was the final one."""
         if self.epoch > stream.MAX_EPOCH:
             raise damaged("too many epochs")
@@ -136,38 +144,35 @@ class PageReceiver:
                 continue
             if header.block >= len(layout.blocks):
                 raise damaged(f"there is no block {header.block}")
-            self._receive_pages(layout.blocks[header.block], layout.pgsize, header, body, brought[header.block], zeros)
+            self._receive_pages(self._intakes[header.block], layout.pgsize, header, body)
 
-    def _receive_pages(self, block: Block, pgsize: int, header: Header, body: memoryview, brought: Any,
-                       zeros: Any) -> None:
-        import numpy as np
-
-        if not header.nruns:
-            raise damaged(f"{header.kind.name} without runs")
-        runs = np.frombuffer(body, "<u8", header.nruns * 2).reshape(-1, 2).astype(np.uint64)
-        if wrong := check_runs(runs, block.npages):
-            raise damaged(f"{header.kind.name} with {wrong}")
-        content = body[header.nruns * stream.RUN_SIZE:]
-        count = int(runs[:, 1].sum())
-        if count * pgsize > stream.CHUNK_BYTES:
-            raise damaged(f"{header.kind.name} with {count} pages, more than a chunk")
-        if len(content) != (count * pgsize if header.kind is Kind.PAGES else 0):
-            raise damaged(f"{header.kind.name} with {len(content)} bytes for {count} pages")
-        numbers = pages_of(runs)
-        last = brought[numbers]
-        if (last == self.epoch + 1).any():
-            raise damaged(f"a page came twice in epoch {self.epoch}")
+    def _receive_pages(self, intake: PageIntake, pgsize: int, header: Header, body: memoryview) -> None:
+        most = stream.CHUNK_BYTES if header.kind is Kind.PAGES else stream.ZEROS_BYTES
+        try:
+            count = intake.admit(body, header.nruns, self.epoch, most // pgsize)
+        except VfioError as exc:
+            exc.hint = f"{header.kind.name} {exc.hint}"
+            raise
+        size = header.length - header.nruns * stream.RUN_SIZE
+        if size != (count * pgsize if header.kind is Kind.PAGES else 0):
+            raise damaged(f"{header.kind.name} with {size} bytes for {count} pages")
         # From here on the frame is good.
-        brought[numbers] = self.epoch + 1
         frames, pages, zero_pages = self._totals
-        if header.kind is Kind.PAGES:
-            scatter(content, runs, block.view, pgsize)
-            self._totals = Totals(frames + 1, pages + count, zero_pages)
+        if header.kind is Kind.ZEROS:
+            intake.clear()
+            self._totals = Totals(frames + 1, pages, zero_pages + count)
             return
-        self._totals = Totals(frames + 1, pages, zero_pages + count)
-        stale = runs if not self._fresh else runs_of(numbers[last != 0])
-        for part in split_runs(stale, len(zeros) // pgsize):
-            scatter(zeros, part, block.view, pgsize)
+        if self._channel.checksum is Checksum.NONE:
+            views = intake.views()
+            try:
+                self._channel.receive_content(views)
+            finally:
+                for view in views:      # a traceback must not hold the memory
+                    view.release()
+            intake.done()
+        else:
+            intake.put(body[header.nruns * stream.RUN_SIZE:])
+        self._totals = Totals(frames + 1, pages + count, zero_pages)
 
     def _need_complete(self) -> None:
         if not self.complete:

@@ -1,7 +1,7 @@
-"""The wire format of a migration, version 1 (docs/stream.md): frames, their limits and checks.  No I/O in here.
+"""The wire format of a migration, version 2 (docs/stream.md): frames, their limits and checks.  No I/O in here.
 
-A frame is a header of 40 bytes and a body.  All numbers are little-endian.  Checksums are over the bytes that are sent:
-the header's over its first 36 bytes, which hold the body's.
+A frame is a header of 44 bytes and a body.  All numbers are little-endian.  Checksums are over the bytes that are sent:
+the header's over its first 40 bytes, which hold the body's.
 """
 import enum
 import errno
@@ -12,20 +12,28 @@ from typing import Any, NamedTuple
 
 from .._core.errno import error
 
+try:
+    import xxhash
+except ImportError:         # both sides agree on CRC-32 then
+    xxhash = None  # type: ignore[assignment]
+
 MAGIC = b"VDMA"
-VERSION = 1
-#: Memory that one frame stands for, at most; bounds the buffers of both sides.
+VERSION = 2
+#: Content of one frame, at most; bounds the buffers of both sides.
 CHUNK_BYTES = 1 << 20
+#: Memory that a frame of zero pages stands for, at most.
+ZEROS_BYTES = 64 << 20
 MAX_RUNS = 1 << 16
 MAX_BLOCKS = 1 << 12
 MAX_STATES = 64 << 20       # bytes of all states of a stream
 MAX_EPOCH = (1 << 16) - 2
 FINAL = 1       #: flag of END: the devices are stopped, this was the last epoch
 
-_HEADER = struct.Struct("<4sBBHIIQIIII")
+_HEADER = struct.Struct("<4sBBHIIQIIQI")
 HEADER_SIZE = _HEADER.size
 _CRC = struct.Struct("<I")
-_HELLO = struct.Struct("<II16s")
+_HELLO = struct.Struct("<II16sII")
+_READY = struct.Struct("<16sII")
 _BLOCK = struct.Struct("<QQ")
 _TOTALS = struct.Struct("<QQQ")
 RUN_SIZE = 16
@@ -58,12 +66,20 @@ LIMITS = {
     Kind.END: _TOTALS.size,
     Kind.VERIFY: 0,
     Kind.RUN: 0,
-    Kind.READY: 16,
+    Kind.READY: _READY.size,
     Kind.ACK: _TOTALS.size,
     Kind.DIGEST: DIGEST_SIZE,
     Kind.STARTED: 0,
     Kind.ERROR: 4096,
 }
+
+
+class Checksum(enum.IntFlag):
+    """Of bodies; the source offers some, the destination picks one."""
+
+    CRC32 = 1       #: zlib's
+    XXH3 = 2        #: 64 bits, where the library ``xxhash`` is installed
+    NONE = 4        #: none of the content of pages, CRC-32 of everything else
 
 
 class Header(NamedTuple):
@@ -76,7 +92,7 @@ class Header(NamedTuple):
     sequence: int
     nruns: int
     length: int         #: bytes of the body
-    body_crc: int
+    body_sum: int
 
 
 class Hello(NamedTuple):
@@ -85,6 +101,7 @@ class Hello(NamedTuple):
     pgsize: int
     stream_id: bytes
     blocks: tuple[tuple[int, int], ...]
+    checksums: Checksum = Checksum.CRC32        #: that the source offers
 
 
 class Totals(NamedTuple):
@@ -100,8 +117,40 @@ def damaged(why: str) -> Exception:
     return error(errno.EPROTO, "migration_stream", hint=why)
 
 
-def body_crc(parts: Sequence[Any]) -> int:
-    """Return the CRC-32 of bytes-like parts, one after another."""
+def offer(name: str) -> Checksum:
+    """Return the checksums that one side takes: "auto", "xxh3", "crc32" or "none"."""
+    if name == "auto":
+        return Checksum.CRC32 | Checksum.XXH3 if xxhash else Checksum.CRC32
+    if name not in ("xxh3", "crc32", "none"):
+        raise error(errno.EINVAL, "checksum", hint=f'a checksum is "auto", "xxh3", "crc32" or "none", not {name!r}')
+    if name == "xxh3" and xxhash is None:
+        raise error(errno.EOPNOTSUPP, "checksum", hint="xxh3 needs the package xxhash: pip install vfiodma[migrate]")
+    return Checksum[name.upper()]
+
+
+def agree(offered: Checksum, taken: Checksum) -> Checksum:
+    """Return the best checksum of both sides."""
+    for checksum in (Checksum.XXH3, Checksum.CRC32, Checksum.NONE):
+        if offered & taken & checksum:
+            return checksum
+    raise damaged(f"no checksum in common: the source offers {describe(offered)}, the destination takes "
+                  f"{describe(taken)}")
+
+
+def describe(checksums: Checksum) -> str:
+    """Return the names of checksums."""
+    return ", ".join(str(known.name).lower() for known in Checksum if checksums & known) or "nothing known"
+
+
+def body_sum(checksum: Checksum, parts: Sequence[Any]) -> int:
+    """Return the checksum of bytes-like parts, one after another."""
+    if checksum == Checksum.XXH3:
+        if len(parts) == 1:
+            return xxhash.xxh3_64_intdigest(parts[0])
+        digest = xxhash.xxh3_64()
+        for part in parts:
+            digest.update(part)
+        return digest.intdigest()
     crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)
@@ -109,21 +158,21 @@ def body_crc(parts: Sequence[Any]) -> int:
 
 
 def encode_header(header: Header) -> bytes:
-    """Return the 40 bytes of a header."""
+    """Return the 44 bytes of a header."""
     packed = _HEADER.pack(MAGIC, VERSION, header.kind, header.block, header.flags, header.epoch, header.sequence,
-                          header.nruns, header.length, header.body_crc, 0)
+                          header.nruns, header.length, header.body_sum, 0)
     return packed[:-4] + _CRC.pack(zlib.crc32(packed[:-4]))
 
 
 def decode_header(data: bytes | bytearray | memoryview) -> Header:
-    """Check 40 bytes by themselves: magic, version, checksum, kind, flags, sizes.
+    """Check 44 bytes by themselves: magic, version, checksum, kind, flags, sizes.
 
     Raises
     ------
     ProtocolError
         EPROTO: not a header of this version, or damaged.
     """
-    magic, version, kind, block, flags, epoch, sequence, nruns, length, crc, header_crc = _HEADER.unpack(data)
+    magic, version, kind, block, flags, epoch, sequence, nruns, length, summed, header_crc = _HEADER.unpack(data)
     if magic != MAGIC:
         raise damaged(f"wrong magic {magic!r}: this is no migration stream, or it lost its place")
     if version != VERSION:
@@ -141,12 +190,12 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
         raise damaged(f"{kind.name} has no runs and no block")
     if flags & ~(FINAL if kind is Kind.END else 0):
         raise damaged(f"unknown flags {flags:#x} in {kind.name}")
-    return Header(kind, block, flags, epoch, sequence, nruns, length, crc)
+    return Header(kind, block, flags, epoch, sequence, nruns, length, summed)
 
 
 def encode_hello(hello: Hello) -> bytes:
     """Return the body of HELLO."""
-    return _HELLO.pack(hello.pgsize, len(hello.blocks), hello.stream_id) + b"".join(
+    return _HELLO.pack(hello.pgsize, len(hello.blocks), hello.stream_id, hello.checksums, 0) + b"".join(
         _BLOCK.pack(*block) for block in hello.blocks)
 
 
@@ -154,7 +203,7 @@ def decode_hello(body: Any) -> Hello:
     """Check and return the body of HELLO; ProtocolError where it can't be."""
     if len(body) < _HELLO.size:
         raise damaged("HELLO is too short")
-    pgsize, count, stream_id = _HELLO.unpack_from(body)
+    pgsize, count, stream_id, checksums, _ = _HELLO.unpack_from(body)
     if pgsize < 512 or pgsize & (pgsize - 1) or pgsize > CHUNK_BYTES:
         raise damaged(f"a page size of {pgsize} bytes")
     if not 0 < count <= MAX_BLOCKS or len(body) != _HELLO.size + count * _BLOCK.size:
@@ -165,7 +214,24 @@ def decode_hello(body: Any) -> Hello:
         if not size or (gpa | size) % pgsize or gpa < end or gpa + size > 1 << 64:
             raise damaged(f"a block of {size:#x} bytes at {gpa:#x}")
         end = gpa + size
-    return Hello(pgsize, stream_id, blocks)
+    return Hello(pgsize, stream_id, blocks, Checksum(checksums))
+
+
+def encode_ready(stream_id: bytes, checksum: Checksum) -> bytes:
+    """Return the body of READY."""
+    return _READY.pack(stream_id, checksum, 0)
+
+
+def decode_ready(body: Any, hello: Hello) -> Checksum:
+    """Check the answer to HELLO; return the checksum that the destination picked."""
+    if len(body) != _READY.size:
+        raise damaged(f"READY of {len(body)} bytes")
+    stream_id, checksum, features = _READY.unpack(body)
+    if stream_id != hello.stream_id:
+        raise damaged("READY for another stream")
+    if checksum not in list(Checksum) or not checksum & hello.checksums or features:
+        raise damaged(f"READY with checksum {checksum:#x} and features {features:#x}, which were not offered")
+    return Checksum(checksum)
 
 
 def encode_totals(totals: Totals) -> bytes:
@@ -194,53 +260,3 @@ def decode_state(body: Any) -> tuple[str, bytes]:
         return bytes(body[2:2 + length]).decode(), bytes(body[2 + length:])
     except UnicodeDecodeError:
         raise damaged("the name of a STATE is not UTF-8") from None
-
-
-class FrameChannel:
-    """Numbered frames over a transport, both ways.
-
-    Parameters
-    ----------
-    transport : Transport
-        ``send(parts)`` and ``receive_into(view)``.
-    """
-
-    def __init__(self, transport: Any) -> None:
-        self._transport = transport
-        self._sent = self._received = 0
-        self._body = bytearray(1 << 16)
-        self.bytes_sent = self.bytes_received = 0
-
-    def send(self, kind: Kind, *parts: Any, block: int = 0, flags: int = 0, epoch: int = 0, nruns: int = 0) -> None:
-        """Send a frame whose body is the parts (bytes-like, staged: nobody writes into them any more)."""
-        length = sum(memoryview(part).nbytes for part in parts)
-        header = encode_header(Header(kind, block, flags, epoch, self._sent, nruns, length, body_crc(parts)))
-        self._sent += 1
-        self._transport.send([header, *parts])
-        self.bytes_sent += HEADER_SIZE + length
-
-    def receive(self, *kinds: Kind) -> tuple[Header, memoryview]:
-        """Receive a frame of one of the kinds; the body is good until the next call.
-
-        Raises
-        ------
-        ProtocolError
-            EPROTO: damaged, out of order, or not of a kind that may come now.
-        """
-        data = bytearray(HEADER_SIZE)
-        self._transport.receive_into(memoryview(data))
-        header = decode_header(data)
-        if header.kind not in kinds:
-            raise damaged(f"{header.kind.name} came where only {' or '.join(kind.name for kind in kinds)} may")
-        if header.sequence != self._received:
-            raise damaged(f"frame {header.sequence} came, {self._received} was next: lost, repeated or out of order")
-        self._received += 1
-        if header.length > len(self._body):
-            self._body = bytearray(header.length)       # bounded: decode_header() checked it
-        body = memoryview(self._body)[:header.length]
-        self._transport.receive_into(body)
-        if body_crc([body]) != header.body_crc:
-            raise damaged(f"the checksum of frame {header.sequence} ({header.kind.name}) is wrong: "
-                          "bytes changed on the way")
-        self.bytes_received += HEADER_SIZE + header.length
-        return header, body

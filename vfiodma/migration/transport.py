@@ -1,6 +1,5 @@
 """Byte transports: everything or an error, never a wait without an end."""
 import errno
-import select
 import socket
 import struct
 import time
@@ -8,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .._core.errno import error
-from ..errors import MigrationError
+from ..errors import MigrationError, VfioError
 
 _MAX_PARTS = 512        # of one sendmsg(2); IOV_MAX is 1024
 
@@ -21,6 +20,9 @@ class Transport(Protocol):
 
     def receive_into(self, view: memoryview) -> None:
         """Fill the view."""
+
+    def receive_parts(self, views: Sequence[memoryview]) -> None:
+        """Fill all views, one after another."""
 
     def close(self) -> None:
         """Give the connection up; idempotent."""
@@ -47,50 +49,53 @@ class SocketTransport:
             raise error(errno.EINVAL, "transport", hint="timeout is a positive number of seconds")
         self._sock = sock
         self.timeout = timeout
-        # The kernel keeps the time of a receive: one system call for a whole body, however it arrives.
+        # The kernel keeps the time: one system call for a whole body, however it arrives or leaves.
         sock.setblocking(True)
-        seconds, rest = divmod(max(round(timeout * 1e6), 1), 1_000_000)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, rest))
-        self._writable = select.poll()
-        self._writable.register(sock, select.POLLOUT)
+        limit = struct.pack("@ll", *divmod(max(round(timeout * 1e6), 1), 1_000_000))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def send(self, parts: Sequence[Any]) -> None:
         """Send all bytes of all parts."""
-        views = [view for view in (memoryview(part).cast("B") for part in parts if memoryview(part).nbytes)]
-        deadline = time.monotonic() + self.timeout
-        while views:
-            try:
-                sent = self._sock.sendmsg(views[:_MAX_PARTS], (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._writable.poll(left * 1e3):
-                    raise self._silent("send") from None
-                continue
-            except OSError as exc:
-                raise self._lost(exc, "send") from None
-            while views and sent >= len(views[0]):
-                sent -= len(views.pop(0))
-            if sent:
-                views[0] = views[0][sent:]
+        self._move(parts, "send")
 
     def receive_into(self, view: memoryview) -> None:
         """Fill the view."""
-        view = view.cast("B")
-        size = len(view)
-        deadline = time.monotonic() + self.timeout
-        while view:
-            try:
-                got = self._sock.recv_into(view, 0, socket.MSG_WAITALL)
-            except BlockingIOError:
-                raise self._silent("receive") from None
-            except OSError as exc:
-                raise self._lost(exc, "receive") from None
-            if not got:
-                where = "before it was complete" if len(view) == size else f"in a frame, {len(view)} bytes too early"
-                raise error(errno.EPROTO, "receive", hint=f"the peer closed the stream {where}")
-            view = view[got:]
-            if view and time.monotonic() >= deadline:
-                raise self._silent("receive")
+        self._move([view], "receive")
+
+    def receive_parts(self, views: Sequence[memoryview]) -> None:
+        """Fill all views."""
+        self._move(views, "receive")
+
+    def _move(self, parts: Sequence[Any], doing: str) -> None:
+        """Repeat a system call until all bytes of all parts moved."""
+        views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
+        first, moved, began = 0, False, time.monotonic()
+        try:
+            while first < len(views):
+                if doing == "send":
+                    count = self._sock.sendmsg(views[first:first + _MAX_PARTS], (), socket.MSG_NOSIGNAL)
+                else:
+                    count = self._sock.recvmsg_into(views[first:first + _MAX_PARTS], 0, socket.MSG_WAITALL)[0]
+                if not count:
+                    where = "in a frame, too early" if moved else "before it was complete"
+                    raise error(errno.EPROTO, doing, hint=f"the peer closed the stream {where}")
+                moved = True
+                while first < len(views) and count >= len(views[first]):
+                    count -= len(views[first])
+                    first += 1
+                if count:
+                    views[first] = views[first][count:]
+                if first < len(views) and time.monotonic() - began >= self.timeout:
+                    raise self._silent(doing)
+        except VfioError:
+            raise
+        except BlockingIOError:
+            raise self._silent(doing) from None
+        except OSError as exc:
+            raise self._lost(exc, doing) from None
+        finally:
+            views.clear()       # a traceback must not hold guest memory
 
     def _silent(self, doing: str) -> OSError:
         return MigrationError(errno.ETIMEDOUT, operation=doing, hint=f"the peer did not move for {self.timeout:g} s")

@@ -1,0 +1,92 @@
+"""Frames over a transport: numbered, and summed as both sides agreed."""
+import errno
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import MigrationError
+from .stream import HEADER_SIZE, RUN_SIZE, Checksum, Header, Kind, body_sum, damaged, decode_header, encode_header
+
+
+class FrameChannel:
+    """Numbered frames over a transport, both ways.
+
+    Parameters
+    ----------
+    transport : Transport
+        ``send(parts)``, ``receive_into(view)`` and, where pages travel without checksum, ``receive_parts(views)``.
+
+    Attributes
+    ----------
+    checksum : Checksum
+        Of the bodies from here on: CRC-32 up to READY, then what READY says.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._sent = self._received = 0
+        self._head = memoryview(bytearray(HEADER_SIZE))
+        self._body = bytearray(1 << 16)
+        self.checksum = Checksum.CRC32
+        self.bytes_sent = self.bytes_received = 0
+
+    def send(self, kind: Kind, *parts: Any, content: Sequence[Any] = (), block: int = 0, flags: int = 0,
+             epoch: int = 0, nruns: int = 0) -> None:
+        """Send a frame whose body is the parts, and the content of pages behind them.
+
+        All are bytes-like, and staged: nobody writes into them any more.  Only without checksums may the content be
+        memory that is written meanwhile.
+        """
+        summed = parts if self.checksum is Checksum.NONE else (*parts, *content)
+        length = sum(memoryview(part).nbytes for part in (*parts, *content))
+        header = encode_header(Header(kind, block, flags, epoch, self._sent, nruns, length,
+                                      body_sum(self.checksum, summed)))
+        self._sent += 1
+        self._transport.send([header, *parts, *content])
+        self.bytes_sent += HEADER_SIZE + length
+
+    def receive(self, *kinds: Kind) -> tuple[Header, memoryview]:
+        """Receive a frame of one of the kinds; the body is good until the next call.
+
+        Without checksums the body of PAGES is its runs only; ``receive_content`` must be next.
+
+        Raises
+        ------
+        ProtocolError
+            EPROTO: damaged, out of order, or not of a kind that may come now.
+        """
+        self._transport.receive_into(self._head)
+        header = decode_header(self._head)
+        if header.kind not in kinds:
+            raise damaged(f"{header.kind.name} came where only {' or '.join(kind.name for kind in kinds)} may")
+        if header.sequence != self._received:
+            raise damaged(f"frame {header.sequence} came, {self._received} was next: lost, repeated or out of order")
+        self._received += 1
+        bare = self.checksum is Checksum.NONE and header.kind is Kind.PAGES
+        length = header.nruns * RUN_SIZE if bare else header.length
+        if length > len(self._body):
+            self._body = bytearray(length)      # bounded: decode_header() checked it
+        body = memoryview(self._body)[:length]
+        self._transport.receive_into(body)
+        if body_sum(self.checksum, [body]) != header.body_sum:
+            raise damaged(f"the checksum of frame {header.sequence} ({header.kind.name}) is wrong: "
+                          "bytes changed on the way")
+        self.bytes_received += HEADER_SIZE + header.length
+        return header, body
+
+    def receive_content(self, views: Sequence[memoryview]) -> None:
+        """Receive the content of a frame of pages straight to where it belongs."""
+        self._transport.receive_parts(views)
+
+    def answer(self, kind: Kind, epoch: int = 0) -> memoryview:
+        """Receive the destination's answer; MigrationError (ECONNABORTED) with its own words where it gave up."""
+        header, body = self.receive(kind, Kind.ERROR)
+        if header.kind is Kind.ERROR:
+            raise MigrationError(errno.ECONNABORTED, operation="migrate", hint=gave_up(body))
+        if header.epoch != epoch:
+            raise damaged(f"{kind.name} of epoch {header.epoch}, {epoch} was awaited")
+        return body
+
+
+def gave_up(body: memoryview) -> str:
+    """Return what an ERROR frame says."""
+    return f"the destination gave up: {bytes(body).decode(errors='replace')}"
