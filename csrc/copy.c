@@ -144,6 +144,9 @@ bool copy_next_chunk(struct copy_chunk *chunk, void *stage, const void *base, ui
         for (; chunk->page < count; chunk->page++) {
             uint64_t page = first + chunk->page;
             const char *from = (const char *)base + page * pgsize;
+            /* The first line of a page decides most often, and no hardware guesses the next page's. */
+            if (chunk->page + 2 < count)
+                __builtin_prefetch(from + 2 * pgsize);
             if (chunk->kept_pages == most || chunk->kept_pages + chunk->zero_pages == most_zeros)
                 return true;
             if (copy_is_zero(from, pgsize)) {

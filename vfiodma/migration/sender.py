@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: Runs of pages of a frame, at most: what one system call takes with little work.
 _MAX_RUNS = 1 << 12
+#: Content of a frame that is staged: smaller ones cost more calls, larger ones leave the caches before they are sent.
+_STAGE_BYTES = 2 << 20
 
 
 class PageSender:
@@ -47,9 +49,10 @@ class PageSender:
         self._note_sent = note_sent
         self._on_progress = on_progress or (lambda *_: None)
         self._direct = channel.checksum is Checksum.NONE and note_sent is None
-        self._chunk = stream.CHUNK_BYTES // layout.pgsize
-        self._stage: Any = None if self._direct else np.empty(stream.CHUNK_BYTES, np.uint8)
-        self._zeros = bytes(stream.CHUNK_BYTES) if note_sent else b""
+        size = stream.CHUNK_BYTES if self._direct else max(_STAGE_BYTES, layout.pgsize)
+        self._chunk = size // layout.pgsize
+        self._stage: Any = None if self._direct else np.empty(size, np.uint8)
+        self._zeros = bytes(size) if note_sent else b""
 
     def send(self, dirty: DirtyBitmap, epoch: int) -> Totals:
         """Send all pages of a bitmap; return what was sent."""

@@ -20,7 +20,7 @@ except ImportError:         # both sides agree on CRC-32 then
 MAGIC = b"VDMA"
 VERSION = 2
 #: Content of one frame, at most; bounds the buffers of both sides.
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 16 << 20
 #: Memory that a frame of zero pages stands for, at most.
 ZEROS_BYTES = 64 << 20
 MAX_RUNS = 1 << 16
