@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from .._core.errno import error
-from ..errors import MigrationError, VfioError
+from ..._core.errno import error
+from ...errors import MigrationError, VfioError
 
 _MAX_PARTS = 512        # of one sendmsg(2); IOV_MAX is 1024
 
@@ -45,8 +45,7 @@ class SocketTransport:
     """
 
     def __init__(self, sock: socket.socket, timeout: float = 30.0) -> None:
-        if not 0 < timeout < 1 << 31:
-            raise error(errno.EINVAL, "transport", hint="timeout is a positive number of seconds")
+        self.check_timeout(timeout)
         self._sock = sock
         self.timeout = timeout
         # The kernel keeps the time: one system call for a whole body, however it arrives or leaves.
@@ -54,6 +53,12 @@ class SocketTransport:
         limit = struct.pack("@ll", *divmod(max(round(timeout * 1e6), 1), 1_000_000))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    @staticmethod
+    def check_timeout(timeout: float) -> None:
+        """Refuse what is no number of seconds with an end."""
+        if not 0 < timeout < 1 << 31:
+            raise error(errno.EINVAL, "transport", hint="timeout is a positive number of seconds")
 
     def send(self, parts: Sequence[Any]) -> None:
         """Send all bytes of all parts."""
@@ -70,13 +75,12 @@ class SocketTransport:
     def _move(self, parts: Sequence[Any], doing: str) -> None:
         """Repeat a system call until all bytes of all parts moved."""
         views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
+        portion: list[memoryview] = []
         first, moved, began = 0, False, time.monotonic()
         try:
             while first < len(views):
-                if doing == "send":
-                    count = self._sock.sendmsg(views[first:first + _MAX_PARTS], (), socket.MSG_NOSIGNAL)
-                else:
-                    count = self._sock.recvmsg_into(views[first:first + _MAX_PARTS], 0, socket.MSG_WAITALL)[0]
+                portion = views[first:first + _MAX_PARTS]
+                count = self._send_some(portion) if doing == "send" else self._receive_some(portion)
                 if not count:
                     where = "in a frame, too early" if moved else "before it was complete"
                     raise error(errno.EPROTO, doing, hint=f"the peer closed the stream {where}")
@@ -90,12 +94,20 @@ class SocketTransport:
                     raise self._silent(doing)
         except VfioError:
             raise
-        except BlockingIOError:
-            raise self._silent(doing) from None
         except OSError as exc:
+            exc.__traceback__ = None        # nobody who looks at it may hold guest memory
+            if isinstance(exc, BlockingIOError | TimeoutError):
+                raise self._silent(doing) from None
             raise self._lost(exc, doing) from None
         finally:
-            views.clear()       # a traceback must not hold guest memory
+            views.clear()
+            portion.clear()
+
+    def _send_some(self, views: list[memoryview]) -> int:
+        return self._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
+
+    def _receive_some(self, views: list[memoryview]) -> int:
+        return self._sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
 
     def _silent(self, doing: str) -> OSError:
         return MigrationError(errno.ETIMEDOUT, operation=doing, hint=f"the peer did not move for {self.timeout:g} s")

@@ -1,0 +1,278 @@
+"""Transports by URL: the same bytes over each, what is refused, and what a lost or silent peer is."""
+import contextlib
+import errno
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import threading
+import time
+
+import pytest
+from migration_doubles import PGSIZE, LogTracker, Machine, Peer, content_of, guest
+
+from vfiodma.errors import InvalidArgumentError, MigrationError, ProtocolError
+from vfiodma.migration import PrecopySource
+from vfiodma.migration.layout import MemoryLayout
+from vfiodma.migration.transport import SocketTransport, TlsFiles, TlsTransport, connect, listen
+
+CONTENT = [bytes(512) + b"a" * 3072 + bytes(512), os.urandom(64 << 10)]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """TlsFiles of a destination on localhost, a source, a stranger from another authority, and one for another host."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    place = tmp_path_factory.mktemp("tls")
+
+    def openssl(*args, text=""):
+        subprocess.run(["openssl", *args], cwd=place, check=True, capture_output=True, input=text, text=True)
+
+    def authority(name):
+        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj",
+                f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem")
+
+    def files(name, ca, hosts):
+        openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}",
+                "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        (place / f"{name}.ext").write_text(f"subjectAltName={hosts}\n")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{ca}.pem", "-CAkey", f"{ca}.key", "-CAcreateserial",
+                "-days", "2", "-extfile", f"{name}.ext", "-out", f"{name}.pem")
+        return TlsFiles(place / "ours.pem", place / f"{name}.pem", place / f"{name}.key")
+
+    authority("ours")
+    authority("theirs")
+    return {"destination": files("destination", "ours", "DNS:localhost,IP:127.0.0.1"),
+            "source": files("source", "ours", "DNS:source"),
+            "stranger": files("stranger", "theirs", "DNS:localhost,IP:127.0.0.1"),
+            "elsewhere": files("elsewhere", "ours", "DNS:elsewhere")}
+
+
+@contextlib.contextmanager
+def connected(url, here=None, there=None):
+    """Both ends of a connection: (source's, destination's)."""
+    with listen(url, timeout=10, tls=there) as listener:
+        accepted = []
+        thread = threading.Thread(target=lambda: accepted.append(listener.accept()))
+        thread.start()
+        source = connect(listener.url, timeout=10, tls=here)
+        thread.join()
+    with contextlib.closing(source), contextlib.closing(accepted[0]):
+        yield source, accepted[0]
+
+
+@pytest.fixture(params=["unix", "tcp", "tcp6", "tls", "fd"])
+def pair(request, tmp_path):
+    if request.param == "fd":
+        fds = [sock.detach() for sock in socket.socketpair()]
+        ends = [connect(f"fd:{fd}", timeout=10) for fd in fds]
+        with contextlib.closing(ends[0]), contextlib.closing(ends[1]):
+            yield ends
+        return
+    url = {"unix": f"unix:{tmp_path}/socket", "tcp": "tcp://127.0.0.1:0", "tcp6": "tcp://[::1]:0",
+           "tls": "tls://localhost:0"}[request.param]
+    files = request.getfixturevalue("certificates") if request.param == "tls" else {}
+    try:
+        manager = connected(url, files.get("source"), files.get("destination"))
+        ends = manager.__enter__()
+    except MigrationError as exc:
+        if request.param == "tcp6" and exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            pytest.skip("no IPv6 here")
+        raise
+    with manager_exit(manager):
+        yield ends
+
+
+@contextlib.contextmanager
+def manager_exit(manager):
+    try:
+        yield
+    finally:
+        manager.__exit__(None, None, None)
+
+
+def test_all_bytes_arrive_in_order(pair):
+    here, there = pair
+    parts = [os.urandom(size) for size in (1, 0, 44, 3 << 20, 17)] + [bytes([at % 256]) for at in range(1500)]
+    sender = threading.Thread(target=here.send, args=(parts,))
+    sender.start()
+    whole = bytearray(sum(map(len, parts)))
+    view = memoryview(whole)
+    there.receive_into(view[:1000])
+    there.receive_parts([view[1000:1001], view[1001:1001], view[1001:2 << 20], view[2 << 20:]])
+    sender.join()
+    assert whole == b"".join(parts)
+
+
+@pytest.mark.parametrize("checksum", ["auto", "none"])
+def test_a_guest_moves(pair, checksum):
+    here, there = pair
+    with guest(CONTENT) as memory, guest([b"\xee" * 4096, b"\xee" * (64 << 10)]) as target:
+        peer = Peer.__new__(Peer)
+        threading.Thread.__init__(peer)
+        from vfiodma.migration import PageReceiver
+        peer.transport, peer.verify, peer.failure = there, True, None
+        peer.receiver = PageReceiver(there, lambda hello: target, checksum=checksum)
+        peer.start()
+        with MemoryLayout(memory, PGSIZE) as layout:
+            source = PrecopySource(here, checksum=checksum)
+            source.introduce(memory, PGSIZE)
+            source.migrate(layout, LogTracker(layout), Machine())
+            assert len(set(source.verify(layout))) == 1
+            source.release()
+        peer.join()
+        assert peer.failure is None
+        assert content_of(target) == CONTENT
+
+
+def test_a_peer_that_closes_is_an_early_end_and_then_lost(pair):
+    here, there = pair
+    there.close()
+    with pytest.raises((ProtocolError, MigrationError)):
+        here.receive_into(memoryview(bytearray(4)))
+    with pytest.raises(MigrationError) as caught:
+        for _ in range(50):
+            here.send([bytes(1 << 20)])
+    assert caught.value.errno == errno.ECONNRESET
+
+
+@pytest.mark.parametrize("kind", ["unix", "tls"])
+def test_a_silent_peer_is_given_up_in_time(kind, tmp_path, request):
+    files = request.getfixturevalue("certificates") if kind == "tls" else {}
+    with connected("tls://localhost:0" if files else f"unix:{tmp_path}/s", files.get("source"),
+                   files.get("destination")) as (here, _):
+        here.timeout = 0.2
+        SocketTransport.__init__(here, here._sock, 0.2)
+        if files:
+            here._sock.settimeout(0.2)
+        began = time.monotonic()
+        with pytest.raises(MigrationError) as caught:
+            here.receive_into(memoryview(bytearray(4)))
+        assert caught.value.errno == errno.ETIMEDOUT
+        with pytest.raises(MigrationError) as caught:
+            here.send([bytes(64 << 20)])
+        assert caught.value.errno == errno.ETIMEDOUT
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("url", ["", "unix:", "fd:", "fd:-1", "fd:x", "tcp://", "tcp://host", "tcp://:1", "tcp://h:99999",
+                                 "tcp://h:1/path", "tcp://u@h:1", "tcp://h:1?x=1", "http://h:1", "h:1", "tls://h",
+                                 "unix:a\0b"])
+def test_a_url_of_no_kind_is_refused(url):
+    for function in (connect, listen):
+        with pytest.raises(InvalidArgumentError):
+            function(url)
+    with pytest.raises(TypeError):
+        connect(b"unix:/x")
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "[::]", "192.0.2.1", "[2001:db8::1]", "10.0.0.1"])
+def test_memory_in_the_clear_over_a_network_needs_the_word(address):
+    for function in (connect, listen):
+        with pytest.raises(MigrationError, match="in the clear") as caught:
+            function(f"tcp://{address}:1")
+        assert caught.value.errno == errno.EPERM
+    with listen("tcp://0.0.0.0:0", insecure=True) as listener:
+        assert listener.url.startswith("tcp://0.0.0.0:")
+
+
+def test_certificates_and_their_url_belong_together(tmp_path):
+    files = TlsFiles(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    for function in (connect, listen):
+        with pytest.raises(InvalidArgumentError, match="certificates"):
+            function("tls://127.0.0.1:1")
+        with pytest.raises(InvalidArgumentError, match="belong together"):
+            function("tcp://127.0.0.1:1", tls=files)
+    here, there = socket.socketpair()
+    with there, pytest.raises(MigrationError, match="can't be used") as caught:
+        TlsTransport(here, files, "localhost")
+    assert caught.value.errno == errno.ENOENT and here.fileno() == -1
+
+
+@pytest.mark.parametrize("source, destination", [("stranger", "destination"), ("source", "stranger"),
+                                                 ("source", "elsewhere")])
+def test_a_certificate_of_another_authority_or_host_is_refused(certificates, source, destination):
+    with listen("tls://localhost:0", timeout=10, tls=certificates[destination]) as listener:
+        failures = []
+
+        def accept():
+            try:
+                with contextlib.closing(listener.accept()) as there:
+                    there.receive_into(memoryview(bytearray(1)))
+            except OSError as exc:
+                failures.append(exc)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        with pytest.raises(MigrationError) as caught:
+            with contextlib.closing(connect(listener.url, timeout=10, tls=certificates[source])) as here:
+                here.receive_into(memoryview(bytearray(1)))
+        thread.join()
+    assert caught.value.errno == errno.EKEYREJECTED
+    assert isinstance(failures[0], MigrationError) and failures[0].errno == errno.EKEYREJECTED
+
+
+def test_a_peer_without_tls_or_certificate_is_refused(certificates):
+    with listen("tls://127.0.0.1:0", timeout=10, tls=certificates["destination"]) as listener:
+        plain = connect(listener.url.replace("tls", "tcp"), timeout=10)
+        plain.send([b"VDMA" * 100])
+        with contextlib.closing(plain), pytest.raises(MigrationError) as caught:
+            listener.accept()
+        assert caught.value.errno == errno.EPROTO
+
+
+def test_a_handshake_that_stalls_is_given_up_in_time(certificates):
+    with listen("tls://127.0.0.1:0", timeout=0.2, tls=certificates["destination"]) as listener:
+        with contextlib.closing(connect(listener.url.replace("tls", "tcp"))), pytest.raises(MigrationError) as caught:
+            listener.accept()
+    assert caught.value.errno == errno.ETIMEDOUT
+
+
+def test_nobody_there_is_an_error_in_time(tmp_path):
+    with pytest.raises(MigrationError) as caught:
+        connect(f"unix:{tmp_path}/none")
+    assert caught.value.errno == errno.ENOENT
+    with listen("tcp://127.0.0.1:0", timeout=0.1) as listener:
+        with pytest.raises(MigrationError, match="nobody connected") as caught:
+            listener.accept()
+        assert caught.value.errno == errno.ETIMEDOUT
+    with pytest.raises(MigrationError) as caught:
+        connect(listener.url)
+    assert caught.value.errno == errno.ECONNREFUSED
+    for timeout in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(InvalidArgumentError):
+            connect("tcp://127.0.0.1:1", timeout=timeout)
+
+
+def test_a_unix_socket_is_its_owners_only_and_its_file_goes(tmp_path):
+    path = tmp_path / "socket"
+    with listen(f"unix:{path}"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with pytest.raises(MigrationError) as caught:
+            listen(f"unix:{path}")
+        assert caught.value.errno == errno.EADDRINUSE
+        assert path.exists()
+    assert not path.exists()
+    path.write_text("not a socket")
+    with pytest.raises(MigrationError):
+        listen(f"unix:{path}")
+    assert path.read_text() == "not a socket"
+    with pytest.raises(MigrationError):
+        listen(f"unix:{tmp_path}/{'x' * 200}")
+
+
+def test_a_descriptor_must_be_a_connected_stream_socket():
+    with open(os.devnull) as file, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams, \
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as alone:
+        for thing, number in [(file, errno.ENOTSOCK), (datagrams, errno.EPROTOTYPE), (alone, errno.ENOTCONN)]:
+            with pytest.raises(MigrationError) as caught:
+                connect(f"fd:{thing.fileno()}")
+            assert caught.value.errno == number
+            os.fstat(thing.fileno())        # still open
+    with pytest.raises(MigrationError) as caught:
+        connect("fd:999999")
+    assert caught.value.errno == errno.EBADF
+    with pytest.raises(InvalidArgumentError, match="connection already"):
+        listen("fd:3")

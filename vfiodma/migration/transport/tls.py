@@ -1,0 +1,96 @@
+"""TLS with certificates on both sides."""
+import contextlib
+import errno
+import os
+import socket
+import ssl
+from dataclasses import dataclass
+
+from ...errors import MigrationError
+from .sockets import SocketTransport
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """Where the PEM files are that both sides prove themselves with."""
+
+    ca: str | os.PathLike           #: certificates that the peer's must come from
+    certificate: str | os.PathLike  #: this side's, with the chain
+    key: str | os.PathLike          #: this side's private key, without a passphrase
+    server_name: str | None = None  #: that the destination's certificate must have; by default the URL's host
+
+    def context(self, *, server: bool) -> ssl.SSLContext:
+        """Return a context that wants a certificate from the other side, whichever side this is."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(self.ca)
+            context.load_cert_chain(self.certificate, self.key, password=lambda: "")
+        except OSError as exc:      # SSLError is one
+            number = errno.EINVAL if isinstance(exc, ssl.SSLError) else exc.errno or errno.EINVAL
+            raise MigrationError(number, operation="tls", hint=f"the certificates can't be used: {exc}") from None
+        return context
+
+
+class TlsTransport(SocketTransport):
+    """A connected stream socket, with TLS 1.3 over it.
+
+    Parameters
+    ----------
+    sock : socket.socket
+        Connected; owned, and closed with this object, also when the handshake fails.
+    files : TlsFiles
+        Both sides prove themselves.
+    server_name : str or None
+        The name that the peer's certificate must have; None on the side that accepted the connection.
+    timeout : float
+        As of SocketTransport; also of the handshake.
+
+    Notes
+    -----
+    A certificate that one of the sides refuses is MigrationError with EKEYREJECTED.  The side that connected may learn
+    of it only when it receives something.
+    """
+
+    def __init__(self, sock: socket.socket, files: TlsFiles, server_name: str | None, timeout: float = 30.0) -> None:
+        try:
+            super().__init__(sock, timeout)
+            sock.settimeout(timeout)
+            context = files.context(server=server_name is None)
+            self._tls = context.wrap_socket(sock, server_side=server_name is None, server_hostname=server_name)
+        except MigrationError:
+            sock.close()
+            raise
+        except TimeoutError:
+            sock.close()
+            raise self._silent("tls") from None
+        except OSError as exc:
+            sock.close()
+            raise self._lost(exc, "tls") from None
+        except BaseException:
+            sock.close()
+            raise
+        self._sock = self._tls
+
+    def _send_some(self, views: list[memoryview]) -> int:
+        return self._tls.send(views[0])
+
+    def _receive_some(self, views: list[memoryview]) -> int:
+        return self._tls.recv_into(views[0])
+
+    def _lost(self, exc: OSError, doing: str) -> OSError:
+        if isinstance(exc, ssl.SSLEOFError):
+            exc = ConnectionResetError()
+        if not isinstance(exc, ssl.SSLError):
+            return super()._lost(exc, doing)
+        reason = (exc.reason or str(exc)).upper()
+        refused = "CERT" in reason or "UNKNOWN_CA" in reason
+        why = getattr(exc, "verify_message", None) or exc.reason or exc
+        return MigrationError(errno.EKEYREJECTED if refused else errno.EPROTO, operation=doing,
+                              hint=f"{'a certificate was refused' if refused else 'TLS failed'}: {why}")
+
+    def close(self) -> None:
+        """Close the socket; idempotent."""
+        with contextlib.suppress(OSError):
+            self._sock.close()

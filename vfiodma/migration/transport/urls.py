@@ -1,0 +1,246 @@
+"""Transports by URL: who connects, who listens, and what is refused for being open to everybody."""
+import contextlib
+import errno
+import ipaddress
+import os
+import re
+import socket
+import stat
+import time
+from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit
+
+from ..._core.errno import error
+from ...errors import MigrationError
+from .sockets import SocketTransport
+from .tls import TlsFiles, TlsTransport
+
+
+class _Url(NamedTuple):
+    scheme: str     # unix, tcp, tls, fd
+    host: str       # or the path
+    port: int       # or the descriptor
+
+
+def _parse(url: str) -> _Url:
+    """Take a URL apart; InvalidArgumentError where it is none of ours."""
+    if not isinstance(url, str):
+        raise TypeError(f"a URL is a str, not {type(url).__name__}")
+    if url.startswith("unix:") and len(url) > 5 and "\0" not in url:
+        return _Url("unix", url[5:], 0)
+    if re.fullmatch("fd:[0-9]{1,9}", url):
+        return _Url("fd", "", int(url[3:]))
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        extra = parts.path or parts.query or parts.fragment or parts.username is not None
+        if parts.scheme in ("tcp", "tls") and parts.hostname and parts.port is not None and not extra:
+            return _Url(parts.scheme, parts.hostname, parts.port)
+    raise error(errno.EINVAL, "transport",
+                hint=f"{url!r} is none of unix:/path, tcp://host:port, tls://host:port, fd:N")
+
+
+def _check_tls(scheme: str, tls: TlsFiles | None) -> None:
+    if (scheme == "tls") != (tls is not None):
+        raise error(errno.EINVAL, "transport", hint="tls:// and certificates belong together" if scheme != "tls" else
+                    "tls:// needs the certificates of this side (tls=TlsFiles(ca, certificate, key))")
+
+
+def _check_open(address: str, insecure: bool) -> None:
+    """Refuse plain bytes on a network."""
+    if not insecure and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        raise MigrationError(errno.EPERM, operation="transport",
+                             hint=f"guest memory would travel in the clear to or from {address}: use tls://, or "
+                                  "insecure=True")
+
+
+def _addresses(url: _Url, insecure: bool, flags: int = 0) -> list[tuple[socket.AddressFamily, Any]]:
+    """Resolve once; what was checked is what is used."""
+    try:
+        found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM, flags=flags)
+    except (socket.gaierror, UnicodeError) as exc:
+        raise MigrationError(errno.EHOSTUNREACH, operation="transport",
+                             hint=f"the address of {url.host} can't be found: {exc}") from None
+    if url.scheme == "tcp":
+        for *_, address in found:
+            _check_open(str(address[0]), insecure)
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def _tune(sock: socket.socket, timeout: float) -> None:
+    """Small frames go at once, and a peer that vanished is noticed."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(round(timeout * 1e3), (1 << 31) - 1))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _failed(exc: OSError, what: str) -> MigrationError:
+    number = errno.ETIMEDOUT if isinstance(exc, TimeoutError) else exc.errno or errno.EIO
+    return MigrationError(number, operation="transport", hint=what)
+
+
+def connect(url: str, *, timeout: float = 30.0, tls: TlsFiles | None = None,
+            insecure: bool = False) -> SocketTransport:
+    """Connect to the other side of a migration.
+
+    Parameters
+    ----------
+    url : str
+        ``unix:/path``, ``tcp://host:port`` (in the clear), ``tls://host:port``, or ``fd:N``: a connected stream socket,
+        which is owned from here on.
+    timeout : float
+        Seconds to connect in, and that one part of a frame may take afterwards.
+    tls : TlsFiles, optional
+        Needed for ``tls://``: both sides prove themselves.
+    insecure : bool
+        Allow a network address that is not the loopback's in the clear.
+
+    Raises
+    ------
+    InvalidArgumentError
+        EINVAL: no such URL.
+    MigrationError
+        EPERM: in the clear over a network.  EHOSTUNREACH, ECONNREFUSED, ENOENT, ETIMEDOUT ...: nobody is there.
+        EKEYREJECTED: a certificate was refused.  ENOTSOCK, EPROTOTYPE, ENOTCONN: not such a descriptor.
+    """
+    where = _parse(url)
+    _check_tls(where.scheme, tls)
+    SocketTransport.check_timeout(timeout)
+    if where.scheme == "fd":
+        return SocketTransport(_adopt(where.port, timeout, insecure), timeout)
+    targets: list[tuple[socket.AddressFamily, Any]]
+    if where.scheme == "unix":
+        targets = [(socket.AF_UNIX, where.host)]
+    else:
+        targets = _addresses(where, insecure)
+    failure: OSError | None = None
+    deadline = time.monotonic() + timeout
+    for family, address in targets:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(max(deadline - time.monotonic(), 1e-3))
+            sock.connect(address)
+            _tune(sock, timeout)
+        except OSError as exc:
+            sock.close()
+            failure = exc
+            continue
+        if tls is not None:
+            return TlsTransport(sock, tls, tls.server_name or where.host, timeout)
+        return SocketTransport(sock, timeout)
+    assert failure is not None
+    raise _failed(failure, f"can't connect to {url}: {failure.strerror or failure}") from None
+
+
+def _adopt(fd: int, timeout: float, insecure: bool) -> socket.socket:
+    """Make a socket of a descriptor; a descriptor that is refused stays open, and the caller's."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as exc:
+        raise _failed(exc, f"descriptor {fd} is no socket") from None
+    try:
+        if sock.type != socket.SOCK_STREAM:
+            raise MigrationError(errno.EPROTOTYPE, operation="transport", hint=f"descriptor {fd} is no stream socket")
+        peer = sock.getpeername()
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            _check_open(str(peer[0]), insecure)
+        _tune(sock, timeout)
+    except OSError as exc:
+        sock.detach()
+        if isinstance(exc, MigrationError):
+            raise
+        raise _failed(exc, f"descriptor {fd} is not connected") from None
+    return sock
+
+
+class Listener:
+    """Waits for the source of a migration; made by ``listen``.
+
+    Attributes
+    ----------
+    url : str
+        What the source connects to: the port is filled in where it was 0.
+    """
+
+    def __init__(self, sock: socket.socket, url: _Url, timeout: float, tls: TlsFiles | None) -> None:
+        self._sock = sock
+        self._timeout = timeout
+        self._tls = tls
+        self._path: tuple[str, int] | None = None
+        if url.scheme == "unix":
+            self.url = f"unix:{url.host}"
+            self._path = url.host, os.stat(url.host).st_ino
+        else:
+            host = f"[{url.host}]" if ":" in url.host else url.host
+            self.url = f"{url.scheme}://{host}:{sock.getsockname()[1]}"
+
+    def accept(self, timeout: float | None = None) -> SocketTransport:
+        """Wait for one connection, by default as long as ``timeout`` of ``listen``.
+
+        Raises
+        ------
+        MigrationError
+            ETIMEDOUT: nobody came.  EKEYREJECTED: somebody without a good certificate did; another call waits for the
+            next one.
+        """
+        limit = self._timeout if timeout is None else timeout
+        SocketTransport.check_timeout(limit)
+        try:
+            self._sock.settimeout(limit)
+            sock, _ = self._sock.accept()
+        except OSError as exc:
+            raise _failed(exc, "nobody connected" if isinstance(exc, TimeoutError) else str(exc)) from None
+        try:
+            _tune(sock, self._timeout)
+        except OSError as exc:
+            sock.close()
+            raise _failed(exc, "the connection was lost at once") from None
+        if self._tls is not None:
+            return TlsTransport(sock, self._tls, None, self._timeout)
+        return SocketTransport(sock, self._timeout)
+
+    def close(self) -> None:
+        """Stop listening, and remove the UNIX socket's file; idempotent."""
+        self._sock.close()
+        path, self._path = self._path, None
+        if path is not None:
+            with contextlib.suppress(OSError):
+                now = os.lstat(path[0])
+                if stat.S_ISSOCK(now.st_mode) and now.st_ino == path[1]:
+                    os.unlink(path[0])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def listen(url: str, *, timeout: float = 30.0, tls: TlsFiles | None = None, insecure: bool = False) -> Listener:
+    """Listen where a migration's source will connect; parameters and errors as of ``connect``.
+
+    A UNIX socket's file is made for its owner only, and must not be there yet (EADDRINUSE).  Port 0 is any free one.
+    """
+    where = _parse(url)
+    _check_tls(where.scheme, tls)
+    SocketTransport.check_timeout(timeout)
+    if where.scheme == "fd":
+        raise error(errno.EINVAL, "transport", hint="fd:N is a connection already: connect() takes it on both sides")
+    family: socket.AddressFamily
+    address: Any
+    if where.scheme == "unix":
+        family, address = socket.AF_UNIX, where.host
+    else:
+        family, address = _addresses(where, insecure, socket.AI_PASSIVE)[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if family == socket.AF_UNIX:
+            os.fchmod(sock.fileno(), stat.S_IRUSR | stat.S_IWUSR)      # before bind(2): the file never is anybody's
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(1)
+        return Listener(sock, where, timeout, tls)
+    except OSError as exc:
+        sock.close()
+        raise _failed(exc, f"can't listen on {url}: {exc.strerror or exc}") from None
