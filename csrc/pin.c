@@ -321,14 +321,12 @@ static int pin_part(const vma *area, pin *p, segment *s, unsigned rules, uint64_
     /* Pages are counted as they are pinned: a limit that is reached before a fault wins. */
     if (!zero_free && pages > room) {
         int err = populate(at, (room + 1) * PAGE, write);
-        if (!err) {
-            /* The kernel (from 5.12) gets a batch of pages before it looks at the limit: they stay populated. */
+        if (!err && rules & PIN_IN_BATCHES) {
             uint64_t end = ((s->offset / PAGE + room) / BATCH + 1) * BATCH * PAGE;
             populate(at, (end < p->size ? end : p->size) - s->offset, write);
-            return -ENOMEM;
         }
         if (err != -EINVAL)
-            return pin_errno(err);
+            return err ? pin_errno(err) : -ENOMEM;
     }
     int err = populate(at, s->size, write);
     if (err == -EINVAL) {

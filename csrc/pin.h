@@ -21,6 +21,7 @@ enum pin_rules {
     PIN_WRITE = 1,              /* pin for writing */
     PIN_ZERO_PAGE_FREE = 2,     /* kernels up to 6.1: a READ pin of untouched anonymous memory takes the zero page, uncounted */
     PIN_NO_WRITEBACK = 4,       /* kernels from 6.5: no WRITE pin of shared file pages that need write-back */
+    PIN_IN_BATCHES = 8,         /* kernels from 5.12: 512 pages are populated before the limit is looked at */
 };
 
 /* Pin [vaddr, vaddr + size), both multiples of the page size.  At most `allowed` pages may be counted (UINT64_MAX: no limit).

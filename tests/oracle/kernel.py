@@ -40,6 +40,8 @@ class Kernel:
     replay_range: int = errno.ERANGE
     #: A READ-only mapping of untouched anonymous memory pins the zero page, which is not counted.
     zero_page: bool = False
+    #: Pages are populated this many at a time before the limit is looked at.
+    pin_batch: int = 512
 
 
 V7_2 = Kernel("7.2")
@@ -47,6 +49,7 @@ V6_12 = replace(V7_2, name="6.12", wrap=errno.EINVAL, pin_wrap_checked=False, to
                 replay_range=errno.EFAULT)
 V6_1 = replace(V6_12, name="6.1", capability_align=1, info_sizes=(16, 20), foreign_fd=errno.EINVAL, zero_page=True)
 V5_12 = replace(V6_1, name="5.12", update_vaddr="always", vaddr_needs_real=False, vaddr_busy=False, owner_moves=False)
-V5_4 = replace(V5_12, name="5.4", map_flags=3, unmap_flags=0, dirty=False, capabilities=(1,), update_vaddr="no")
+V5_4 = replace(V5_12, name="5.4", map_flags=3, unmap_flags=0, dirty=False, capabilities=(1,), update_vaddr="no",
+               pin_batch=1)
 
 KERNELS = {kernel.name: kernel for kernel in (V5_4, V5_12, V6_1, V6_12, V7_2)}

@@ -118,10 +118,18 @@ class Type1:
             if m.iova + index * PAGE in m.pins or (zero and self.kernel.zero_page):
                 continue
             if self.over_limit(m, count + 1):
+                self.populate_batch(m, index)
                 return errno.ENOMEM
             count += 1
         self.charge(m, count)
         return 0
+
+    def populate_batch(self, m, index):
+        """The rest of the batch that a page is of is populated with it."""
+        batch = self.kernel.pin_batch
+        for page in range(index + 1, min((index // batch + 1) * batch, m.size // PAGE)):
+            if self.memory.pin(m.vaddr + page * PAGE, bool(m.prot & WRITE))[0]:
+                break
 
     # -- GET_INFO
 

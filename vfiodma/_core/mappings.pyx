@@ -11,8 +11,8 @@ from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 
 from .dirty cimport bisects, dirty_allocate, dirty_copy_out
 from .state cimport (
-    PIN_NO_WRITEBACK, PIN_WRITE, PIN_ZERO_PAGE_FREE, PS, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP, V6_1, V7_2,
-    dma_t, first_from, iommu_mapped, min_pgsize, next_of, pin, pin_memory, pin_release,
+    PIN_IN_BATCHES, PIN_NO_WRITEBACK, PIN_WRITE, PIN_ZERO_PAGE_FREE, PS, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP,
+    V5_12, V6_1, V7_2, dma_t, first_from, iommu_mapped, min_pgsize, next_of, pin, pin_memory, pin_release,
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_timedwait, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy, pthread_rwlock_init,
     pthread_rwlock_unlock, pthread_rwlock_wrlock, pthread_rwlockattr_init, pthread_rwlockattr_setkind_np,
@@ -108,7 +108,8 @@ cdef uint64_t pins_of(const dma_t *dma) noexcept nogil:
 
 cdef unsigned rules_of(const type1_t *t, const dma_t *dma) noexcept nogil:
     cdef unsigned rules = PIN_WRITE if dma.prot & MAP_WRITE else 0
-    return rules | (PIN_ZERO_PAGE_FREE if t.version <= V6_1 else PIN_NO_WRITEBACK)
+    rules |= PIN_ZERO_PAGE_FREE if t.version <= V6_1 else PIN_NO_WRITEBACK
+    return rules | (PIN_IN_BATCHES if t.version >= V5_12 else 0)
 
 
 cdef int pin_mapping(type1_t *t, dma_t *dma) noexcept nogil:

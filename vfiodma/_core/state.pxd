@@ -58,7 +58,7 @@ cdef extern from "rangemap.h" nogil:
 cdef extern from "pin.h" nogil:
     ctypedef struct pin:
         pass
-    int PIN_WRITE, PIN_ZERO_PAGE_FREE, PIN_NO_WRITEBACK
+    int PIN_WRITE, PIN_ZERO_PAGE_FREE, PIN_NO_WRITEBACK, PIN_IN_BATCHES
     int pin_memory(uint64_t vaddr, uint64_t size, unsigned rules, uint64_t allowed, pin **out, uint64_t *counted)
     void pin_release(pin *)
     int pin_read(const pin *, uint64_t offset, void *dst, uint64_t n)
