@@ -11,10 +11,10 @@ from vfiodma.errors import InvalidArgumentError, ProtocolError, UnsupportedError
 from vfiodma.migration import stream
 from vfiodma.migration.channel import FrameChannel
 from vfiodma.migration.layout import split_runs
-from vfiodma.migration.stream import Checksum, Header, Hello, Kind, Totals
+from vfiodma.migration.stream import Checksum, Compression, Header, Hello, Kind, Phase, Ready, Totals
 
 GOLDEN_PAGES = bytes.fromhex(
-    "56444d41" "02" "03" "0002" "00000000" "05000000" "0900000000000000" "02000000" "20080000" "efcdab8978563412")
+    "56444d41" "03" "03" "0002" "00000000" "05000000" "0900000000000000" "02000000" "20080000" "efcdab8978563412")
 
 
 class Pipe:
@@ -43,9 +43,10 @@ def test_a_header_has_these_bytes():
 
 def test_hello_has_these_bytes():
     hello = Hello(4096, bytes(range(16)), ((0, 0x100000), (0x100000000, 0x2000)),
-                  Checksum.CRC32 | Checksum.XXH3)
+                  Checksum.CRC32 | Checksum.XXH3, bytes(range(16, 32)), Compression.ZSTD, 2, True, 5)
     body = stream.encode_hello(hello)
-    assert body.hex() == ("00100000" "02000000" "000102030405060708090a0b0c0d0e0f" "03000000" "00000000"
+    assert body.hex() == ("00100000" "02000000" "000102030405060708090a0b0c0d0e0f" "101112131415161718191a1b1c1d1e1f"
+                          "03000000" "01000000" "0200" "0100" "05000000"
                           "0000000000000000" "0000100000000000" "0000000001000000" "0020000000000000")
     assert stream.decode_hello(body) == hello
 
@@ -54,7 +55,7 @@ def test_a_whole_frame_has_these_bytes():
     pipe = Pipe()
     FrameChannel(pipe).send(Kind.ACK, stream.encode_totals(Totals(1, 2, 3)), epoch=4)
     body = bytes.fromhex("0100000000000000" "0200000000000000" "0300000000000000")
-    head = bytes.fromhex("56444d41" "02" "11" "0000" "00000000" "04000000" "0000000000000000" "00000000" "18000000")
+    head = bytes.fromhex("56444d41" "03" "11" "0000" "00000000" "04000000" "0000000000000000" "00000000" "18000000")
     head += struct.pack("<Q", zlib.crc32(body))
     assert bytes(pipe.data) == head + struct.pack("<I", zlib.crc32(head)) + body
 
@@ -66,8 +67,8 @@ def test_totals_and_state_come_back():
 
 @pytest.mark.parametrize("change, words", [
     ({"magic": b"QEVM"}, "wrong magic"),
-    ({"version": 1}, "speaks version 1 of the stream, this side version 2"),
-    ({"version": 3}, "speaks version 3"),
+    ({"version": 1}, "speaks version 1 of the stream, this side version 3"),
+    ({"version": 4}, "speaks version 4"),
     ({"version": 255}, "speaks version 255"),
     ({"kind": 99}, "no frame of kind"),
     ({"length": 0xFFFFFFFF}, "too long for PAGES"),
@@ -79,7 +80,7 @@ def test_totals_and_state_come_back():
     ({"kind": Kind.STATE, "block": 3, "nruns": 0}, "no runs and no block"),
 ])
 def test_a_header_that_lies_is_refused_even_with_a_right_checksum(change, words):
-    values = {"magic": b"VDMA", "version": 2, "kind": Kind.PAGES, "block": 0, "flags": 0, "epoch": 0, "sequence": 0,
+    values = {"magic": b"VDMA", "version": 3, "kind": Kind.PAGES, "block": 0, "flags": 0, "epoch": 0, "sequence": 0,
               "nruns": 1, "length": 4112, "crc": 0} | change
     packed = struct.pack("<4sBBHIIQIIQ", *values.values())
     with pytest.raises(ProtocolError, match=words):
@@ -104,9 +105,15 @@ def test_a_hello_that_can_not_be_is_refused(blocks, pgsize):
         stream.decode_hello(stream.encode_hello(Hello(pgsize, bytes(16), tuple(blocks))))
 
 
-@pytest.mark.parametrize("body", [b"", bytes(31), bytes(32), struct.pack("<II16sII", 4096, 2, b"", 1, 0) + bytes(16),
-                                  struct.pack("<II16sII", 4096, 1 << 31, b"", 1, 0) + bytes(16)])
-def test_a_hello_of_a_wrong_length_is_refused(body):
+def hello_bytes(pgsize=4096, count=1, checksums=1, channels=1, flags=0, epochs=0):
+    return struct.pack("<II16s16sIIHHI", pgsize, count, b"", b"", checksums, 0, channels, flags, epochs) + struct.pack(
+        "<QQ", 0, 4096)
+
+
+@pytest.mark.parametrize("body", [b"", bytes(31), bytes(56), hello_bytes(count=2), hello_bytes(count=1 << 31),
+                                  hello_bytes(channels=0), hello_bytes(channels=65), hello_bytes(flags=2),
+                                  hello_bytes(epochs=1), hello_bytes(flags=1, epochs=1 << 16)])
+def test_a_hello_of_a_wrong_length_or_with_wrong_numbers_is_refused(body):
     with pytest.raises(ProtocolError):
         stream.decode_hello(body)
 
@@ -150,18 +157,40 @@ def test_split_runs_gives_the_same_pages_in_full_portions(runs, npages):
 
 def test_ready_has_these_bytes():
     hello = Hello(4096, bytes(range(16)), ((0, 4096),), Checksum.XXH3 | Checksum.CRC32)
-    body = stream.encode_ready(hello.stream_id, Checksum.XXH3)
-    assert body.hex() == "000102030405060708090a0b0c0d0e0f" "02000000" "00000000"
-    assert stream.decode_ready(body, hello) is Checksum.XXH3
+    ready = Ready(Checksum.XXH3, Compression.LZ4, 3, Phase.COMPLETE, 7)
+    hello = hello._replace(compressions=Compression.LZ4 | Compression.ZSTD, channels=4, resume=True)
+    body = stream.encode_ready(hello.stream_id, ready)
+    assert body.hex() == "000102030405060708090a0b0c0d0e0f" "02000000" "02000000" "0300" "0100" "07000000"
+    assert stream.decode_ready(body, hello) == ready
+
+
+def ready_bytes(stream_id=bytes(16), checksum=1, compression=0, channels=1, phase=0, epochs=0):
+    return struct.pack("<16sIIHHI", stream_id, checksum, compression, channels, phase, epochs)
+
+
+def test_only_who_knows_stream_and_token_may_join_it():
+    hello = Hello(4096, bytes(range(16)), ((0, 4096),), token=bytes(range(16, 32)), channels=3)
+    body = stream.encode_join(hello, 2)
+    assert body.hex() == "000102030405060708090a0b0c0d0e0f" "101112131415161718191a1b1c1d1e1f" "0200" "0000"
+    assert stream.decode_join(body, hello) == 2
+    for wrong in (body[:-1], body + b"0", bytes(16) + body[16:], body[:16] + bytes(16) + body[32:], body[:34] + b"11",
+                  stream.encode_join(hello, 0), stream.encode_join(hello, 3)):
+        with pytest.raises(ProtocolError):
+            stream.decode_join(wrong, hello)
 
 
 @pytest.mark.parametrize("body, words", [
-    (struct.pack("<16sII", b"other", 1, 0), "another stream"),
-    (struct.pack("<16sII", bytes(16), 0, 0), "not offered"),
-    (struct.pack("<16sII", bytes(16), 2, 0), "not offered"),
-    (struct.pack("<16sII", bytes(16), 3, 0), "not offered"),
-    (struct.pack("<16sII", bytes(16), 8, 0), "not offered"),
-    (struct.pack("<16sII", bytes(16), 1, 1), "not offered"),
+    (ready_bytes(stream_id=b"other"), "another stream"),
+    (ready_bytes(checksum=0), "not offered"),
+    (ready_bytes(checksum=2), "not offered"),
+    (ready_bytes(checksum=3), "not offered"),
+    (ready_bytes(checksum=8), "not offered"),
+    (ready_bytes(compression=1), "not offered"),
+    (ready_bytes(channels=0), "0 channels of 1"),
+    (ready_bytes(channels=2), "2 channels of 1"),
+    (ready_bytes(phase=1), "phase 1"),
+    (ready_bytes(phase=9), "phase 9"),
+    (ready_bytes(epochs=1), "after 1 epochs"),
     (bytes(16), "READY of 16 bytes"),
 ])
 def test_a_ready_with_what_was_not_offered_is_refused(body, words):

@@ -284,7 +284,7 @@ def test_the_source_refuses_answers_of_another_kind_or_stream(target):
     reply = Replay(Forger().data)
     with pytest.raises(MigrationError, match="HELLO came where"):
         PrecopySource(reply).introduce(target, PGSIZE)
-    body = stream.encode_ready(bytes(16), stream.Checksum.CRC32)
+    body = stream.encode_ready(bytes(16), stream.Ready(stream.Checksum.CRC32))
     answer = stream.encode_header(Header(Kind.READY, 0, 0, 0, 0, 0, len(body), zlib.crc32(body))) + body
     with pytest.raises(MigrationError, match="another stream"):
         PrecopySource(Replay(answer)).introduce(target, PGSIZE)

@@ -114,9 +114,9 @@ class PrecopySource:
     def introduce(self, memory: GuestMemory, pgsize: int = 4096) -> None:
         """Tell the destination what will come, so that it can get memory ready."""
         with MemoryLayout(memory, pgsize) as layout, self._failing("introduce"):
-            self._hello = Hello(pgsize, os.urandom(16), layout.shape, self._offer)
+            self._hello = Hello(pgsize, os.urandom(16), layout.shape, self._offer, os.urandom(16))
             self._channel.send(Kind.HELLO, stream.encode_hello(self._hello))
-            self._channel.checksum = stream.decode_ready(self._channel.answer(Kind.READY), self._hello)
+            self._channel.checksum = stream.decode_ready(self._channel.answer(Kind.READY), self._hello).checksum
 
     def migrate(self, layout: MemoryLayout, tracker: Tracker, machine: Machine,
                 states: Mapping[str, bytes] | None = None) -> MigrationResult:

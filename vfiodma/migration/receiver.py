@@ -10,7 +10,7 @@ from ..memory import GuestMemory
 from . import stream
 from .channel import FrameChannel
 from .layout import MemoryLayout
-from .stream import Checksum, Header, Hello, Kind, Totals, damaged
+from .stream import Checksum, Header, Hello, Kind, Ready, Totals, damaged
 
 
 class PageReceiver:
@@ -117,7 +117,7 @@ class PageReceiver:
             raise damaged("the memory here has another shape than the source's")
         self._intakes = [PageIntake(block.view, hello.pgsize, self._fresh, stream.MAX_RUNS)
                          for block in self.layout.blocks]
-        self._channel.send(Kind.READY, stream.encode_ready(hello.stream_id, checksum))
+        self._channel.send(Kind.READY, stream.encode_ready(hello.stream_id, Ready(checksum)))
         self._channel.checksum = checksum
         return self.layout
 

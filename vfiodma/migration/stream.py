@@ -1,10 +1,11 @@
-"""The wire format of a migration, version 2 (docs/stream.md): frames, their limits and checks.  No I/O in here.
+"""The wire format of a migration, version 3 (docs/stream.md): frames, their limits and checks.  No I/O in here.
 
 A frame is a header of 44 bytes and a body.  All numbers are little-endian.  Checksums are over the bytes that are sent:
 the header's over its first 40 bytes, which hold the body's.
 """
 import enum
 import errno
+import hmac
 import struct
 import zlib
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ except ImportError:         # both sides agree on CRC-32 then
     xxhash = None  # type: ignore[assignment]
 
 MAGIC = b"VDMA"
-VERSION = 2
+VERSION = 3
 #: Content of one frame, at most; bounds the buffers of both sides.
 CHUNK_BYTES = 16 << 20
 #: Memory that a frame of zero pages stands for, at most.
@@ -27,13 +28,16 @@ MAX_RUNS = 1 << 16
 MAX_BLOCKS = 1 << 12
 MAX_STATES = 64 << 20       # bytes of all states of a stream
 MAX_EPOCH = (1 << 16) - 2
+MAX_CHANNELS = 64
 FINAL = 1       #: flag of END: the devices are stopped, this was the last epoch
+RESUME = 1      #: flag of HELLO: a stream that broke goes on
 
 _HEADER = struct.Struct("<4sBBHIIQIIQI")
 HEADER_SIZE = _HEADER.size
 _CRC = struct.Struct("<I")
-_HELLO = struct.Struct("<II16sII")
-_READY = struct.Struct("<16sII")
+_HELLO = struct.Struct("<II16s16sIIHHI")
+_READY = struct.Struct("<16sIIHHI")
+_JOIN = struct.Struct("<16s16sHH")
 _BLOCK = struct.Struct("<QQ")
 _TOTALS = struct.Struct("<QQQ")
 RUN_SIZE = 16
@@ -43,17 +47,24 @@ DIGEST_SIZE = 32
 class Kind(enum.IntEnum):
     """What a frame is for; from 16 on they go from the destination to the source."""
 
-    HELLO = 1       #: page size and blocks of memory
+    HELLO = 1       #: page size and blocks of memory; or that a broken stream goes on
     STATE = 2       #: named bytes: a device's state, the address space's mappings
     PAGES = 3       #: runs of pages and their content
     ZEROS = 4       #: runs of pages that hold nothing but zeros
     END = 5         #: the epoch's totals
     VERIFY = 6      #: asks for a digest of all memory
     RUN = 7         #: the destination owns the guest from here on
+    JOIN = 8        #: first on a further channel: which stream it belongs to
+    BARRIER = 9     #: last of an epoch on a channel: its totals there
+    PREPARE = 10    #: asks the destination to make ready for the last epoch
+    ABORT = 11      #: the source keeps the guest for good
     READY = 16      #: answers HELLO
     ACK = 17        #: answers END: everything up to here is in memory
     DIGEST = 18     #: answers VERIFY: SHA-256
     STARTED = 19    #: answers RUN
+    JOINED = 20     #: answers JOIN
+    PREPARED = 21   #: answers PREPARE
+    ABORTED = 22    #: answers ABORT
     ERROR = 31      #: the destination gives up; UTF-8 text
 
 
@@ -66,10 +77,17 @@ LIMITS = {
     Kind.END: _TOTALS.size,
     Kind.VERIFY: 0,
     Kind.RUN: 0,
+    Kind.JOIN: _JOIN.size,
+    Kind.BARRIER: _TOTALS.size,
+    Kind.PREPARE: 0,
+    Kind.ABORT: 0,
     Kind.READY: _READY.size,
     Kind.ACK: _TOTALS.size,
     Kind.DIGEST: DIGEST_SIZE,
     Kind.STARTED: 0,
+    Kind.JOINED: 0,
+    Kind.PREPARED: 0,
+    Kind.ABORTED: 0,
     Kind.ERROR: 4096,
 }
 
@@ -95,6 +113,23 @@ class Header(NamedTuple):
     body_sum: int
 
 
+class Compression(enum.IntFlag):
+    """Of the content of pages; the source offers some, the destination picks one or none."""
+
+    NONE = 0
+    ZSTD = 1
+    LZ4 = 2
+
+
+class Phase(enum.IntEnum):
+    """How far the destination is, as READY says it."""
+
+    RECEIVING = 0
+    COMPLETE = 1    #: all is here, and nobody said yet whose the guest is
+    OWNER = 2       #: the guest is the destination's, for good
+    ABORTED = 3     #: the guest will never run here
+
+
 class Hello(NamedTuple):
     """What is to be moved: blocks of (guest-physical address, bytes)."""
 
@@ -102,6 +137,21 @@ class Hello(NamedTuple):
     stream_id: bytes
     blocks: tuple[tuple[int, int], ...]
     checksums: Checksum = Checksum.CRC32        #: that the source offers
+    token: bytes = bytes(16)                    #: who knows it may resume the stream, or join it
+    compressions: Compression = Compression.NONE
+    channels: int = 1                           #: connections that the source would use
+    resume: bool = False
+    epochs: int = 0                             #: acknowledged, as far as the source knows
+
+
+class Ready(NamedTuple):
+    """What the destination picked, and how far it is."""
+
+    checksum: Checksum
+    compression: Compression = Compression.NONE
+    channels: int = 1
+    phase: Phase = Phase.RECEIVING
+    epochs: int = 0                             #: that are in memory
 
 
 class Totals(NamedTuple):
@@ -195,43 +245,70 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
 
 def encode_hello(hello: Hello) -> bytes:
     """Return the body of HELLO."""
-    return _HELLO.pack(hello.pgsize, len(hello.blocks), hello.stream_id, hello.checksums, 0) + b"".join(
-        _BLOCK.pack(*block) for block in hello.blocks)
+    return _HELLO.pack(hello.pgsize, len(hello.blocks), hello.stream_id, hello.token, hello.checksums,
+                       hello.compressions, hello.channels, RESUME if hello.resume else 0,
+                       hello.epochs) + b"".join(_BLOCK.pack(*block) for block in hello.blocks)
 
 
 def decode_hello(body: Any) -> Hello:
     """Check and return the body of HELLO; ProtocolError where it can't be."""
     if len(body) < _HELLO.size:
         raise damaged("HELLO is too short")
-    pgsize, count, stream_id, checksums, _ = _HELLO.unpack_from(body)
+    pgsize, count, stream_id, token, checksums, compressions, channels, flags, epochs = _HELLO.unpack_from(body)
     if pgsize < 512 or pgsize & (pgsize - 1) or pgsize > CHUNK_BYTES:
         raise damaged(f"a page size of {pgsize} bytes")
     if not 0 < count <= MAX_BLOCKS or len(body) != _HELLO.size + count * _BLOCK.size:
         raise damaged(f"HELLO announces {count} blocks in {len(body)} bytes")
+    if not 0 < channels <= MAX_CHANNELS or flags & ~RESUME or epochs > MAX_EPOCH + 1 or (epochs and not flags):
+        raise damaged(f"HELLO with {channels} channels, flags {flags:#x} and {epochs} epochs")
     blocks = tuple(_BLOCK.iter_unpack(body[_HELLO.size:]))
     end = 0
     for gpa, size in blocks:
         if not size or (gpa | size) % pgsize or gpa < end or gpa + size > 1 << 64:
             raise damaged(f"a block of {size:#x} bytes at {gpa:#x}")
         end = gpa + size
-    return Hello(pgsize, stream_id, blocks, Checksum(checksums))
+    return Hello(pgsize, stream_id, blocks, Checksum(checksums), token, Compression(compressions), channels,
+                 bool(flags), epochs)
 
 
-def encode_ready(stream_id: bytes, checksum: Checksum) -> bytes:
+def encode_ready(stream_id: bytes, ready: Ready) -> bytes:
     """Return the body of READY."""
-    return _READY.pack(stream_id, checksum, 0)
+    return _READY.pack(stream_id, ready.checksum, ready.compression, ready.channels, ready.phase, ready.epochs)
 
 
-def decode_ready(body: Any, hello: Hello) -> Checksum:
-    """Check the answer to HELLO; return the checksum that the destination picked."""
+def decode_ready(body: Any, hello: Hello) -> Ready:
+    """Check and return the answer to HELLO; ProtocolError where the destination picked what was not offered."""
     if len(body) != _READY.size:
         raise damaged(f"READY of {len(body)} bytes")
-    stream_id, checksum, features = _READY.unpack(body)
+    stream_id, checksum, compression, channels, phase, epochs = _READY.unpack(body)
     if stream_id != hello.stream_id:
         raise damaged("READY for another stream")
-    if checksum not in list(Checksum) or not checksum & hello.checksums or features:
-        raise damaged(f"READY with checksum {checksum:#x} and features {features:#x}, which were not offered")
-    return Checksum(checksum)
+    if checksum not in list(Checksum) or not checksum & hello.checksums:
+        raise damaged(f"READY with checksum {checksum:#x}, which was not offered")
+    if compression and (compression not in list(Compression) or not compression & hello.compressions):
+        raise damaged(f"READY with compression {compression:#x}, which was not offered")
+    if not 0 < channels <= hello.channels:
+        raise damaged(f"READY with {channels} channels of {hello.channels}")
+    if phase not in Phase._value2member_map_ or epochs > MAX_EPOCH + 1 or (not hello.resume and (phase or epochs)):
+        raise damaged(f"READY in phase {phase} after {epochs} epochs")
+    return Ready(Checksum(checksum), Compression(compression), channels, Phase(phase), epochs)
+
+
+def encode_join(hello: Hello, index: int) -> bytes:
+    """Return the body of JOIN, for channel ``index`` (from 1)."""
+    return _JOIN.pack(hello.stream_id, hello.token, index, 0)
+
+
+def decode_join(body: Any, hello: Hello) -> int:
+    """Check JOIN against the stream that it wants to join; return the channel's index."""
+    if len(body) != _JOIN.size:
+        raise damaged(f"JOIN of {len(body)} bytes")
+    stream_id, token, index, zero = _JOIN.unpack(body)
+    if not hmac.compare_digest(stream_id + token, hello.stream_id + hello.token):
+        raise damaged("JOIN for another stream")
+    if not 0 < index < hello.channels or zero:
+        raise damaged(f"JOIN of channel {index}, of {hello.channels}")
+    return index
 
 
 def encode_totals(totals: Totals) -> bytes:
