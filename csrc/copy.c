@@ -165,8 +165,7 @@ bool copy_next_chunk(struct copy_chunk *chunk, void *stage, const void *base, ui
     return chunk->kept_pages || chunk->zero_pages;
 }
 
-int copy_admit(uint64_t *own, const void *runs, size_t n, uint64_t npages, uint64_t most, const uint16_t *brought,
-               uint16_t epoch, uint64_t *total)
+int copy_admit(uint64_t *own, const void *runs, size_t n, uint64_t npages, uint64_t most, uint64_t *total)
 {
     uint64_t end = 0;
     *total = 0;
@@ -182,32 +181,43 @@ int copy_admit(uint64_t *own, const void *runs, size_t n, uint64_t npages, uint6
         end = first + count;
         *total += count;        /* disjoint: at most npages */
     }
-    if (*total > most)
-        return -E2BIG;
-    for (size_t i = 0; i < n; i++)
-        for (uint64_t page = own[2 * i]; page < own[2 * i] + own[2 * i + 1]; page++)
-            if (brought[page] == epoch)
-                return -EEXIST;
-    return 0;
+    return *total > most ? -E2BIG : 0;
 }
 
-void copy_mark(const uint64_t *runs, size_t n, uint16_t *brought, uint16_t epoch)
+static void unclaim(const uint64_t *runs, size_t run, uint64_t upto, uint16_t *brought)
+{
+    for (size_t i = 0; i <= run; i++)
+        for (uint64_t page = runs[2 * i]; page < runs[2 * i] + runs[2 * i + 1] && (i < run || page < upto); page++)
+            __atomic_store_n(&brought[page], 0, __ATOMIC_RELAXED);
+}
+
+int copy_claim(const uint64_t *runs, size_t n, uint16_t *brought, uint16_t epoch)
 {
     for (size_t i = 0; i < n; i++)
         for (uint64_t page = runs[2 * i]; page < runs[2 * i] + runs[2 * i + 1]; page++)
-            brought[page] = epoch;
+            if (__atomic_exchange_n(&brought[page], epoch, __ATOMIC_RELAXED) == epoch) {
+                unclaim(runs, i, page, brought);
+                return -EEXIST;
+            }
+    return 0;
 }
 
-void copy_clear(void *base, const uint64_t *runs, size_t n, uint64_t pgsize, const uint16_t *brought, bool fresh)
+void copy_touch(const uint64_t *runs, size_t n, uint8_t *touched)
+{
+    for (size_t i = 0; i < n; i++)
+        memset(touched + runs[2 * i], 1, runs[2 * i + 1]);
+}
+
+void copy_clear(void *base, const uint64_t *runs, size_t n, uint64_t pgsize, const uint8_t *touched)
 {
     for (size_t i = 0; i < n; i++) {
         uint64_t first = runs[2 * i], count = runs[2 * i + 1];
-        if (!fresh) {
+        if (!touched) {
             memset((char *)base + first * pgsize, 0, count * pgsize);
             continue;
         }
         for (uint64_t page = first; page < first + count; page++)
-            if (brought[page])
+            if (touched[page])
                 memset((char *)base + page * pgsize, 0, pgsize);
     }
 }

@@ -48,14 +48,18 @@ bool copy_next_chunk(struct copy_chunk *chunk, void *stage, const void *base, ui
 
 /*
  * Whether runs from outside (little-endian) are not empty (-EINVAL), ascending and disjoint (-EILSEQ), within npages
- * (-ERANGE), `most` pages at most together (-E2BIG), and none of their pages came in this epoch already (-EEXIST:
- * brought[page] is the epoch).  The runs are copied to `own` first, so that nobody changes them any more.
+ * (-ERANGE) and `most` pages at most together (-E2BIG).  The runs are copied to `own` first, so that nobody changes
+ * them any more.
  */
-int copy_admit(uint64_t *own, const void *runs, size_t n, uint64_t npages, uint64_t most, const uint16_t *brought,
-               uint16_t epoch, uint64_t *total);
-/* Note that the runs' pages came in this epoch. */
-void copy_mark(const uint64_t *runs, size_t n, uint16_t *brought, uint16_t epoch);
-/* Clear the runs' pages; in fresh memory only those that came before (brought[page] is not 0). */
-void copy_clear(void *base, const uint64_t *runs, size_t n, uint64_t pgsize, const uint16_t *brought, bool fresh);
+int copy_admit(uint64_t *own, const void *runs, size_t n, uint64_t npages, uint64_t most, uint64_t *total);
+/*
+ * Note that the runs' pages came in this epoch (not 0), or, where one of them did already, note nothing and return
+ * -EEXIST.  Any number of threads may claim pages of one `brought` at once: each page is one thread's.
+ */
+int copy_claim(const uint64_t *runs, size_t n, uint16_t *brought, uint16_t epoch);
+/* Note that there may be something else than zeros in the runs' pages. */
+void copy_touch(const uint64_t *runs, size_t n, uint8_t *touched);
+/* Clear the runs' pages; where `touched` is given, only those. */
+void copy_clear(void *base, const uint64_t *runs, size_t n, uint64_t pgsize, const uint8_t *touched);
 
 #endif

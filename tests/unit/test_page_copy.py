@@ -1,10 +1,12 @@
-"""PageStage and PageIntake: the two ends of a migration's copying, against lists of pages."""
+"""PageStage, PageBoard and PageIntake: the two ends of a migration's copying, against lists of pages."""
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfiodma._core.copy import PageIntake, PageStage
+from vfiodma._core.copy import PageBoard, PageIntake, PageStage
 from vfiodma.errors import DmaPermissionError, InvalidArgumentError, ProtocolError
 
 PGSIZE = 512
@@ -78,12 +80,13 @@ def test_a_stage_refuses_runs_outside_and_chunks_without_room():
 def test_pages_from_outside_end_where_they_belong(frames, fresh):
     memory = np.full((NPAGES, PGSIZE), 0 if fresh else 0xEE, np.uint8)
     expected = memory.copy()
-    intake = PageIntake(memory, PGSIZE, fresh)
+    board, intakes = PageBoard(memory, PGSIZE, fresh), [PageIntake(), PageIntake()]
     for epoch, (pages, zero) in enumerate(frames):
         runs = runs_of(sorted(pages))
         content = np.random.default_rng(epoch).integers(0, 256, (len(pages), PGSIZE), np.uint8)
         expected[sorted(pages)] = 0 if zero else content
-        assert intake.admit(runs.tobytes(), len(runs), epoch, NPAGES) == len(pages)
+        intake = intakes[epoch % 2]
+        assert intake.admit(board, runs.tobytes(), len(runs), epoch, NPAGES) == len(pages)
         if zero:
             intake.clear()
         elif epoch % 2:
@@ -106,28 +109,68 @@ def test_pages_from_outside_end_where_they_belong(frames, fresh):
 ])
 def test_runs_from_outside_are_checked_without_overflow_and_before_memory_is_touched(runs, words):
     memory = bytearray(10 * PGSIZE)
-    intake = PageIntake(memory, PGSIZE)
-    assert intake.admit(packed((3, 1)), 1, 5, 8) == 1
-    intake.put(b"x" * PGSIZE)
+    board, first, intake = PageBoard(memory, PGSIZE), PageIntake(), PageIntake()
+    assert first.admit(board, packed((3, 1)), 1, 5, 8) == 1
+    first.put(b"x" * PGSIZE)
     with pytest.raises(ProtocolError, match=words):
-        intake.admit(packed(*runs), len(runs), 5, 8)
+        intake.admit(board, packed(*runs), len(runs), 5, 8)
     assert intake.views() == []
     intake.clear()
     assert memory == bytes(3 * PGSIZE) + b"x" * PGSIZE + bytes(6 * PGSIZE)
 
 
-def test_an_intake_lets_go_of_memory_and_takes_nothing_afterwards():
+def test_pages_of_runs_that_were_refused_may_come_once_more():
+    board, intake = PageBoard(bytearray(8 * PGSIZE), PGSIZE), PageIntake()
+    assert intake.admit(board, packed((4, 1)), 1, 0, 8) == 1
+    with pytest.raises(ProtocolError, match="came twice"):
+        intake.admit(board, packed((0, 2), (4, 2)), 2, 0, 8)
+    assert intake.admit(board, packed((0, 4), (5, 3)), 2, 0, 8) == 7
+    assert board.frontier == 8
+
+
+def test_every_page_is_given_to_one_thread_at_most():
+    npages, threads = 1 << 14, 4
+    board = PageBoard(bytearray(npages * PGSIZE), PGSIZE, True)
+    won = [[] for _ in range(threads)]
+
+    def take(mine):
+        intake = PageIntake(4)
+        for page in range(npages):
+            try:
+                intake.admit(board, packed((page, 1)), 1, 0, 4)
+            except ProtocolError:
+                continue
+            mine.append(page)
+            intake.put(bytes([1 + len(mine) % 255]) * PGSIZE)
+
+    workers = [threading.Thread(target=take, args=(mine,)) for mine in won]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(sum(won, [])) == list(range(npages))
+
+
+def test_a_board_lets_go_of_memory_and_takes_nothing_afterwards():
     memory = bytearray(4 * PGSIZE)
-    intake = PageIntake(memory, PGSIZE)
-    intake.admit(packed((0, 1)), 1, 0, 4)
+    board, intake = PageBoard(memory, PGSIZE), PageIntake()
+    intake.admit(board, packed((0, 1)), 1, 0, 4)
     with pytest.raises(InvalidArgumentError):
         intake.put(b"too short")
     with pytest.raises(BufferError):
         memory.append(0)
-    intake.release()
-    intake.release()
+    board.release()
+    board.release()
     memory.append(0)
+    assert intake.views() == []
+    intake.put(b"x" * PGSIZE)
+    intake.clear()
+    assert memory == bytes(4 * PGSIZE + 1)
     with pytest.raises(ProtocolError):
-        intake.admit(packed((0, 1)), 1, 0, 4)
+        intake.admit(board, packed((0, 1)), 1, 0, 4)
+    with pytest.raises(InvalidArgumentError):
+        intake.put(b"")
     with pytest.raises(DmaPermissionError):
-        PageIntake(bytes(PGSIZE), PGSIZE)
+        PageBoard(bytes(PGSIZE), PGSIZE)
+    with pytest.raises(TypeError):
+        intake.admit(None, packed((0, 1)), 1, 0, 4)

@@ -1,9 +1,10 @@
 """Copying pages between guest memory and linear buffers, and finding zero pages.  C does the work: csrc/copy.c.
 
-``gather``, ``scatter``, ``zero_pages`` are for anybody; ``PageStage`` and ``PageIntake`` are the two ends of a migration.
+``gather``, ``scatter``, ``zero_pages`` are for anybody; ``PageStage`` and ``PageIntake`` with its
+``PageBoard`` are the two ends of a migration.
 """
 from cpython.buffer cimport Py_buffer, PyBuffer_Release, PyObject_CheckBuffer
-from libc.errno cimport E2BIG, EEXIST, EILSEQ, EINVAL, ENOMEM, EPROTO, ERANGE
+from libc.errno cimport E2BIG, EBUSY, EEXIST, EILSEQ, EINVAL, ENOMEM, EPROTO, ERANGE
 from libc.stdint cimport UINT64_MAX, uint8_t, uint16_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 
@@ -28,10 +29,10 @@ cdef extern from "copy.h" nogil:
 
     bint copy_next_chunk(copy_chunk *chunk, void *stage, const void *base, uint64_t pgsize, uint64_t most,
                          uint64_t most_zeros)
-    int copy_admit(uint64_t *own, const void *runs, size_t n, uint64_t npages, uint64_t most, const uint16_t *brought,
-                   uint16_t epoch, uint64_t *total)
-    void copy_mark(const uint64_t *runs, size_t n, uint16_t *brought, uint16_t epoch)
-    void copy_clear(void *base, const uint64_t *runs, size_t n, uint64_t pgsize, const uint16_t *brought, bint fresh)
+    int copy_admit(uint64_t *own, const void *runs, size_t n, uint64_t npages, uint64_t most, uint64_t *total)
+    int copy_claim(const uint64_t *runs, size_t n, uint16_t *brought, uint16_t epoch)
+    void copy_touch(const uint64_t *runs, size_t n, uint8_t *touched)
+    void copy_clear(void *base, const uint64_t *runs, size_t n, uint64_t pgsize, const uint8_t *touched)
 
 
 def gather(source, runs, out, pgsize=4096):
@@ -245,8 +246,8 @@ cdef class PageStage:
 
     Notes
     -----
-    One pass over memory, without the GIL; for one thread at a time.  A page is looked at and then copied while others may write it: what is
-    staged, or taken for zero, was there at some time in between.  Source: as of ``gather``.
+    One pass over memory, without the GIL; for one thread at a time.  A page is looked at and then copied while others
+    may write it: what is staged, or taken for zero, was there at some time in between.  Source: as of ``gather``.
     """
     cdef Py_buffer _memory, _runs, _stage
     cdef bint _has_memory, _has_runs, _has_stage
@@ -334,17 +335,80 @@ cdef object copied_runs(const uint64_t *runs, size_t n):
     return numpy.frombuffer((<const char *> runs)[:n * 16], numpy.uint64).reshape(-1, 2)
 
 
-cdef class PageIntake:
-    """One block of memory that pages from outside are put into, each at most once an epoch.
+cdef class PageBoard:
+    """One block of memory that pages from outside are put into, and which pages came in which epoch.
 
     Parameters
     ----------
     memory : writable buffer
-        C-contiguous; held until this object goes.
+        C-contiguous; held until ``release``.
     pgsize : int
         Bytes of a page, a power of two.
     fresh : bool
         The memory holds nothing but zeros.
+
+    Attributes
+    ----------
+    frontier : int
+        Number of the page after the last one that was ever admitted.
+
+    Notes
+    -----
+    Shared by the PageIntakes of any number of threads; a page is given to one of them an epoch.  It needs two bytes a
+    page, and a third one for fresh memory.
+    """
+    cdef Py_buffer _memory
+    cdef bint _has_memory
+    cdef object _view
+    cdef uint64_t _pgsize, _npages, _frontier
+    cdef uint16_t *_brought         # the number + 1 of the last epoch that brought a page; 0: none did
+    cdef uint8_t *_touched          # NULL: memory is not fresh
+    cdef int _busy                  # threads that are in it without the GIL; changed with it
+
+    def __cinit__(self, memory, pgsize=4096, fresh=False):
+        self._pgsize = as_pgsize("intake", pgsize)
+        open_buffer(memory, &self._memory, "intake", True)
+        self._has_memory = True
+        self._view = memoryview(memory).cast("B")
+        self._npages = <uint64_t> self._memory.len // self._pgsize
+        self._brought = <uint16_t *> calloc(self._npages + 1, 2)
+        if fresh:
+            self._touched = <uint8_t *> calloc(self._npages + 1, 1)
+        if self._brought == NULL or (fresh and self._touched == NULL):
+            raise_errno(ENOMEM, "intake")
+
+    def __dealloc__(self):
+        free(self._brought)
+        free(self._touched)
+        if self._has_memory:
+            PyBuffer_Release(&self._memory)
+
+    @property
+    def frontier(self):
+        return self._frontier
+
+    def release(self):
+        """Let go of the memory; nothing can be admitted any more.  Idempotent.
+
+        Raises
+        ------
+        BusyError
+            EBUSY: a thread is copying into it.
+        """
+        if self._busy:
+            raise_errno(EBUSY, "intake", None, None, "a thread is copying into the memory")
+        self._npages = 0
+        self._view = None
+        if self._has_memory:
+            self._has_memory = False
+            PyBuffer_Release(&self._memory)
+
+
+cdef class PageIntake:
+    """What one thread needs to put pages from outside into blocks, each at most once an epoch.
+
+    Parameters
+    ----------
     max_runs : int
         Runs that are taken at once, at most.
 
@@ -354,39 +418,29 @@ cdef class PageIntake:
     where content may be received to, and ``done`` notes that it was.  The GIL is released; for one thread at a time.
     Source: docs/stream.md, what the receiver checks.
     """
-    cdef Py_buffer _memory
-    cdef bint _has_memory, _fresh
-    cdef object _view
-    cdef uint64_t _pgsize, _npages, _total
+    cdef PageBoard _board
+    cdef uint64_t _total
     cdef uint64_t *_runs
-    cdef uint16_t *_brought         # the number + 1 of the epoch that brought a page; 0: none did
     cdef size_t _n, _max_runs
-    cdef uint16_t _epoch
 
-    def __cinit__(self, memory, pgsize=4096, fresh=False, max_runs=1 << 16):
-        self._pgsize = as_pgsize("intake", pgsize)
-        self._fresh = fresh
+    def __cinit__(self, max_runs=1 << 16):
         self._max_runs = as_u64("intake", max_runs)
-        open_buffer(memory, &self._memory, "intake", True)
-        self._has_memory = True
-        self._view = memoryview(memory).cast("B")
-        self._npages = <uint64_t> self._memory.len // self._pgsize
+        if self._max_runs > 1 << 24:
+            raise_errno(EINVAL, "intake", None, None, f"{max_runs} runs at once")
         self._runs = <uint64_t *> calloc(self._max_runs + 1, 16)
-        self._brought = <uint16_t *> calloc(self._npages + 1, 2)
-        if self._runs == NULL or self._brought == NULL:
+        if self._runs == NULL:
             raise_errno(ENOMEM, "intake")
 
     def __dealloc__(self):
         free(self._runs)
-        free(self._brought)
-        if self._has_memory:
-            PyBuffer_Release(&self._memory)
 
-    def admit(self, runs, nruns, epoch, most):
+    def admit(self, PageBoard board not None, runs, nruns, epoch, most):
         """Check runs from outside against the block and what came before.
 
         Parameters
         ----------
+        board : PageBoard
+            The block that they say.
         runs : buffer
             ``nruns`` times first page and number of pages, u64, little-endian.
         nruns : int
@@ -405,75 +459,91 @@ cdef class PageIntake:
         ------
         ProtocolError
             EPROTO: an empty run, runs that are not ascending or overlap, a run outside, too many pages, or a page that
-            came in this epoch already.
+            came in this epoch already, by whichever intake.
         """
         cdef Py_buffer view
-        cdef uint64_t limit = as_u64("intake", most), n = as_u64("intake", nruns)
+        cdef uint64_t limit = as_u64("intake", most), n = as_u64("intake", nruns), total = 0
         cdef uint16_t number = epoch + 1
         cdef int err = 0
-        self._n = 0
+        self._forget()
         open_buffer(runs, &view, "intake", False)
         try:
             if not n or n > self._max_runs or n > <uint64_t> view.len // 16:
                 refuse("without runs" if not n else f"with {n} runs in {view.len} bytes")
+            board._busy += 1
             with nogil:
-                err = copy_admit(self._runs, view.buf, n, self._npages, limit, self._brought, number, &self._total)
+                err = copy_admit(self._runs, view.buf, n, board._npages, limit, &total)
+                if not err:
+                    err = copy_claim(self._runs, n, board._brought, number)
+            board._busy -= 1
         finally:
             PyBuffer_Release(&view)
         if err == -EINVAL:
             refuse("with an empty run")
         elif err == -ERANGE:
-            refuse(f"with a run that ends behind the block's {self._npages} pages")
+            refuse(f"with a run that ends behind the block's {board._npages} pages")
         elif err == -EILSEQ:
             refuse("with runs that are not ascending or overlap")
         elif err == -E2BIG:
-            refuse(f"with {self._total} pages, more than a chunk")
+            refuse(f"with {total} pages, more than a chunk")
         elif err == -EEXIST:
             refuse(f"with a page that came twice in epoch {epoch}")
         self._n = n
-        self._epoch = number
-        return self._total
+        self._total = total
+        self._board = board
+        board._frontier = max(board._frontier, self._runs[2 * n - 2] + self._runs[2 * n - 1])
+        return total
 
     def put(self, content):
         """Copy the admitted pages' content, one page after another, into memory."""
         cdef Py_buffer view
+        cdef PageBoard board = self._board
         open_buffer(content, &view, "intake", False)
         try:
-            if <uint64_t> view.len != self._total * self._pgsize:
+            if board is None or <uint64_t> view.len != self._total * board._pgsize:
                 raise_errno(EINVAL, "intake", None, None, f"{view.len} bytes for {self._total} pages")
+            board._busy += 1
             with nogil:
-                copy_scatter(view.buf, self._total, self._memory.buf, self._npages, self._runs, self._n, self._pgsize)
-                self._finish()
+                copy_scatter(view.buf, self._total, board._memory.buf, board._npages, self._runs, self._n,
+                             board._pgsize)
+                if board._touched != NULL:
+                    copy_touch(self._runs, self._n, board._touched)
+            board._busy -= 1
+            self._forget()
         finally:
             PyBuffer_Release(&view)
 
     def clear(self):
-        """Clear the admitted pages; in fresh memory only those that some epoch brought."""
+        """Clear the admitted pages; in fresh memory only those that some epoch brought content for."""
+        cdef PageBoard board = self._board
+        if board is None:
+            return
+        board._busy += 1
         with nogil:
-            copy_clear(self._memory.buf, self._runs, self._n, self._pgsize, self._brought, self._fresh)
-            self._finish()
+            # A released board has no pages, and nothing to clear.
+            if board._npages:
+                copy_clear(board._memory.buf, self._runs, self._n, board._pgsize, board._touched)
+        board._busy -= 1
+        self._forget()
 
     def views(self):
-        """Return a memoryview of each admitted run's bytes in memory."""
+        """Return a memoryview of each admitted run's bytes in memory.  Write into them at once, then call ``done``."""
         cdef size_t i
-        return [self._view[self._runs[2 * i] * self._pgsize:(self._runs[2 * i] + self._runs[2 * i + 1]) * self._pgsize]
-                for i in range(self._n)]
+        cdef PageBoard board = self._board
+        if board is None or not board._npages:
+            return []
+        if board._touched != NULL:      # whatever arrives, and whether all of it does
+            copy_touch(self._runs, self._n, board._touched)
+        return [board._view[self._runs[2 * i] * board._pgsize:
+                            (self._runs[2 * i] + self._runs[2 * i + 1]) * board._pgsize] for i in range(self._n)]
 
     def done(self):
         """Note that the admitted pages came."""
-        self._finish()
+        self._forget()
 
-    cdef void _finish(self) noexcept nogil:
-        copy_mark(self._runs, self._n, self._brought, self._epoch)
+    cdef void _forget(self):
         self._n = self._total = 0
-
-    def release(self):
-        """Let go of the memory; nothing can be admitted any more.  Idempotent."""
-        self._n = self._npages = self._total = 0
-        self._view = None
-        if self._has_memory:
-            self._has_memory = False
-            PyBuffer_Release(&self._memory)
+        self._board = None
 
 
 cdef int refuse(str why) except -1:

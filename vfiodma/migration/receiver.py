@@ -4,7 +4,7 @@ import errno
 from collections.abc import Callable
 from typing import Any, Self
 
-from .._core.copy import PageIntake
+from .._core.copy import PageBoard, PageIntake
 from ..errors import VfioError
 from ..memory import GuestMemory
 from . import stream
@@ -54,7 +54,8 @@ class PageReceiver:
         self._make_memory = make_memory
         self._fresh = fresh
         self._takes = stream.offer(checksum)
-        self._intakes: list[PageIntake] = []
+        self._boards: list[PageBoard] = []
+        self._intake = PageIntake(stream.MAX_RUNS)
         self._on_state = on_state or (lambda *_: None)
         self._on_switch = on_switch or (lambda: None)
         self.layout: MemoryLayout | None = None
@@ -93,8 +94,8 @@ class PageReceiver:
 
     def close(self) -> None:
         """Let the memory go; idempotent."""
-        for intake in self._intakes:
-            intake.release()
+        for board in self._boards:
+            board.release()
         if self.layout is not None:
             self.layout.close()
 
@@ -115,8 +116,7 @@ class PageReceiver:
         self.layout = MemoryLayout(self._make_memory(hello), hello.pgsize)
         if self.layout.shape != hello.blocks:
             raise damaged("the memory here has another shape than the source's")
-        self._intakes = [PageIntake(block.view, hello.pgsize, self._fresh, stream.MAX_RUNS)
-                         for block in self.layout.blocks]
+        self._boards = [PageBoard(block.view, hello.pgsize, self._fresh) for block in self.layout.blocks]
         self._channel.send(Kind.READY, stream.encode_ready(hello.stream_id, Ready(checksum)))
         self._channel.checksum = checksum
         return self.layout
@@ -144,12 +144,13 @@ class PageReceiver:
                 continue
             if header.block >= len(layout.blocks):
                 raise damaged(f"there is no block {header.block}")
-            self._receive_pages(self._intakes[header.block], layout.pgsize, header, body)
+            self._receive_pages(self._boards[header.block], layout.pgsize, header, body)
 
-    def _receive_pages(self, intake: PageIntake, pgsize: int, header: Header, body: memoryview) -> None:
+    def _receive_pages(self, board: PageBoard, pgsize: int, header: Header, body: memoryview) -> None:
+        intake = self._intake
         most = stream.CHUNK_BYTES if header.kind is Kind.PAGES else stream.ZEROS_BYTES
         try:
-            count = intake.admit(body, header.nruns, self.epoch, most // pgsize)
+            count = intake.admit(board, body, header.nruns, self.epoch, most // pgsize)
         except VfioError as exc:
             exc.hint = f"{header.kind.name} {exc.hint}"
             raise
