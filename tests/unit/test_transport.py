@@ -15,7 +15,7 @@ from migration_doubles import PGSIZE, LogTracker, Machine, Peer, content_of, gue
 from vfiodma.errors import InvalidArgumentError, MigrationError, ProtocolError
 from vfiodma.migration import PrecopySource
 from vfiodma.migration.layout import MemoryLayout
-from vfiodma.migration.transport import SocketTransport, TlsFiles, TlsTransport, connect, listen
+from vfiodma.migration.transport import TlsFiles, TlsTransport, connect, listen
 
 CONTENT = [bytes(512) + b"a" * 3072 + bytes(512), os.urandom(64 << 10)]
 
@@ -51,46 +51,56 @@ def certificates(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def connected(url, here=None, there=None):
+def connected(url, here=None, there=None, timeout=10):
     """Both ends of a connection: (source's, destination's)."""
-    with listen(url, timeout=10, tls=there) as listener:
+    with listen(url, timeout=timeout, tls=there) as listener:
         accepted = []
-        thread = threading.Thread(target=lambda: accepted.append(listener.accept()))
+        thread = threading.Thread(target=lambda: accepted.append(listener.accept(10)))
         thread.start()
-        source = connect(listener.url, timeout=10, tls=here)
+        source = connect(listener.url, timeout=timeout, tls=here)
         thread.join()
     with contextlib.closing(source), contextlib.closing(accepted[0]):
         yield source, accepted[0]
 
 
-@pytest.fixture(params=["unix", "tcp", "tcp6", "tls", "fd"])
-def pair(request, tmp_path):
-    if request.param == "fd":
-        fds = [sock.detach() for sock in socket.socketpair()]
-        ends = [connect(f"fd:{fd}", timeout=10) for fd in fds]
-        with contextlib.closing(ends[0]), contextlib.closing(ends[1]):
-            yield ends
-        return
-    url = {"unix": f"unix:{tmp_path}/socket", "tcp": "tcp://127.0.0.1:0", "tcp6": "tcp://[::1]:0",
-           "tls": "tls://localhost:0"}[request.param]
-    files = request.getfixturevalue("certificates") if request.param == "tls" else {}
-    try:
-        manager = connected(url, files.get("source"), files.get("destination"))
-        ends = manager.__enter__()
-    except MigrationError as exc:
-        if request.param == "tcp6" and exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-            pytest.skip("no IPv6 here")
-        raise
-    with manager_exit(manager):
+@contextlib.contextmanager
+def by_descriptors(urls, timeout):
+    """Both ends of descriptors that are open already."""
+    ends = [connect(url, timeout=timeout) for url in urls]
+    with contextlib.closing(ends[0]), contextlib.closing(ends[1]):
         yield ends
 
 
-@contextlib.contextmanager
-def manager_exit(manager):
-    try:
-        yield
-    finally:
-        manager.__exit__(None, None, None)
+@pytest.fixture(params=["unix", "tcp", "tcp6", "tls", "fd", "fds", "pipe"])
+def transports(request, tmp_path):
+    """A function that connects two ends, for each kind of transport."""
+    files = request.getfixturevalue("certificates") if request.param == "tls" else {}
+
+    def manager(timeout):
+        if request.param in ("fd", "fds"):
+            fds = [sock.detach() for sock in socket.socketpair()]
+            return by_descriptors([f"fd:{fd}" if request.param == "fd" else f"fd:{fd},{fd}" for fd in fds], timeout)
+        if request.param == "pipe":
+            (to_read, to_send), (back_read, back_send) = os.pipe(), os.pipe()
+            return by_descriptors([f"fd:{back_read},{to_send}", f"fd:{to_read},{back_send}"], timeout)
+        url = {"unix": f"unix:{tmp_path}/socket", "tcp": "tcp://127.0.0.1:0", "tcp6": "tcp://[::1]:0",
+               "tls": "tls://localhost:0"}[request.param]
+        return connected(url, files.get("source"), files.get("destination"), timeout)
+
+    with contextlib.ExitStack() as stack:
+        def pair(timeout=10):
+            try:
+                return stack.enter_context(manager(timeout))
+            except MigrationError as exc:
+                if request.param == "tcp6" and exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    pytest.skip("no IPv6 here")
+                raise
+        yield pair
+
+
+@pytest.fixture
+def pair(transports):
+    return transports()
 
 
 def test_all_bytes_arrive_in_order(pair):
@@ -138,28 +148,66 @@ def test_a_peer_that_closes_is_an_early_end_and_then_lost(pair):
     assert caught.value.errno == errno.ECONNRESET
 
 
-@pytest.mark.parametrize("kind", ["unix", "tls"])
-def test_a_silent_peer_is_given_up_in_time(kind, tmp_path, request):
-    files = request.getfixturevalue("certificates") if kind == "tls" else {}
-    with connected("tls://localhost:0" if files else f"unix:{tmp_path}/s", files.get("source"),
-                   files.get("destination")) as (here, _):
-        here.timeout = 0.2
-        SocketTransport.__init__(here, here._sock, 0.2)
-        if files:
-            here._sock.settimeout(0.2)
-        began = time.monotonic()
-        with pytest.raises(MigrationError) as caught:
-            here.receive_into(memoryview(bytearray(4)))
+def test_a_silent_peer_is_given_up_in_time(transports):
+    here, _ = transports(0.2)
+    began = time.monotonic()
+    for wait in (lambda: here.receive_into(memoryview(bytearray(4))), lambda: here.send([bytes(64 << 20)])):
+        with pytest.raises(MigrationError, match="did not move for 0.2 s") as caught:
+            wait()
         assert caught.value.errno == errno.ETIMEDOUT
-        with pytest.raises(MigrationError) as caught:
-            here.send([bytes(64 << 20)])
-        assert caught.value.errno == errno.ETIMEDOUT
-        assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("doing", ["receive", "send"])
+def test_a_thread_that_waits_is_interrupted_and_the_other_direction_stays(transports, doing):
+    here, there = transports()
+    failures = []
+
+    def wait():
+        try:
+            if doing == "receive":
+                here.receive_into(memoryview(bytearray(4)))
+            else:
+                here.send([bytes(64 << 20)])
+        except MigrationError as exc:
+            failures.append(exc.errno)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.05)
+    here.interrupt(receiving=doing == "receive", sending=doing == "send")
+    here.interrupt(receiving=doing == "receive", sending=doing == "send")
+    waiting.join(5)
+    assert failures == [errno.ECANCELED]
+    wait()
+    assert failures == [errno.ECANCELED] * 2
+    if doing == "receive":
+        here.send([b"last"])
+        there.receive_into(memoryview(bytearray(4)))
+    else:
+        there.send([b"last"])
+        here.receive_into(memoryview(bytearray(4)))
+
+
+def test_descriptors_that_are_no_good_are_refused_and_stay_open():
+    read, write = os.pipe()
+    try:
+        for url in (f"fd:{write},{write}", f"fd:{read},{read}", f"fd:{write},{read}", f"fd:{read},999999"):
+            with pytest.raises(MigrationError) as caught:
+                connect(url)
+            assert caught.value.errno == errno.EBADF
+        assert os.get_blocking(read) and os.get_blocking(write)
+        with socket.socket() as lone, pytest.raises(MigrationError) as caught:
+            connect(f"fd:{lone.fileno()},{write}")
+        assert caught.value.errno == errno.ENOTCONN
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 @pytest.mark.parametrize("url", ["", "unix:", "fd:", "fd:-1", "fd:x", "tcp://", "tcp://host", "tcp://:1", "tcp://h:99999",
                                  "tcp://h:1/path", "tcp://u@h:1", "tcp://h:1?x=1", "http://h:1", "h:1", "tls://h",
-                                 "unix:a\0b"])
+                                 "unix:a\0b", "fd:1,", "fd:1,2,3", "fd:1,-2"])
 def test_a_url_of_no_kind_is_refused(url):
     for function in (connect, listen):
         with pytest.raises(InvalidArgumentError):

@@ -1,4 +1,5 @@
 """Byte transports: everything or an error, never a wait without an end."""
+import contextlib
 import errno
 import socket
 import struct
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 from ..._core.errno import error
 from ...errors import MigrationError, VfioError
 
-_MAX_PARTS = 512        # of one sendmsg(2); IOV_MAX is 1024
+_MAX_PARTS = 512        # of one sendmsg(2) or writev(2); IOV_MAX is 1024
 
 
 class Transport(Protocol):
@@ -24,35 +25,31 @@ class Transport(Protocol):
     def receive_parts(self, views: Sequence[memoryview]) -> None:
         """Fill all views, one after another."""
 
+    def interrupt(self, *, receiving: bool = True, sending: bool = True) -> None:
+        """From any thread: nothing is received, or sent, any more; who does or tries to gets ECANCELED.  Idempotent."""
+
     def close(self) -> None:
-        """Give the connection up; idempotent."""
+        """Give the connection up; idempotent.  Not while another thread is in a call."""
 
 
-class SocketTransport:
-    """A connected stream socket (UNIX or TCP).
+class ByteTransport:
+    """What all transports have in common: whole parts, time-outs, and errors.
 
     Parameters
     ----------
-    sock : socket.socket
-        Owned, and closed with this object.
     timeout : float
         Seconds that one part of a frame may take before the peer counts as lost.
 
     Notes
     -----
-    A lost or silent peer is MigrationError (with the errno of the socket, or ETIMEDOUT); a stream that ends too early
-    is ProtocolError.  The GIL is released while waiting and copying.
+    A lost or silent peer is MigrationError (with the errno of the system call, or ETIMEDOUT); a stream that ends too
+    early is ProtocolError.  The GIL is released while waiting and copying.  For one thread, all but ``interrupt``.
     """
 
-    def __init__(self, sock: socket.socket, timeout: float = 30.0) -> None:
+    def __init__(self, timeout: float) -> None:
         self.check_timeout(timeout)
-        self._sock = sock
         self.timeout = timeout
-        # The kernel keeps the time: one system call for a whole body, however it arrives or leaves.
-        sock.setblocking(True)
-        limit = struct.pack("@ll", *divmod(max(round(timeout * 1e6), 1), 1_000_000))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        self._stopped: set[str] = set()     # "send", "receive"
 
     @staticmethod
     def check_timeout(timeout: float) -> None:
@@ -72,6 +69,11 @@ class SocketTransport:
         """Fill all views."""
         self._move(views, "receive")
 
+    def interrupt(self, *, receiving: bool = True, sending: bool = True) -> None:
+        """From any thread: nothing is received, or sent, any more; who does or tries to gets ECANCELED.  Idempotent."""
+        self._stopped |= {doing for doing, stop in (("receive", receiving), ("send", sending)) if stop}
+        self._wake(receiving, sending)
+
     def _move(self, parts: Sequence[Any], doing: str) -> None:
         """Repeat a system call until all bytes of all parts moved."""
         views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
@@ -79,9 +81,11 @@ class SocketTransport:
         first, moved, began = 0, False, time.monotonic()
         try:
             while first < len(views):
+                if doing in self._stopped:
+                    raise self._interrupted(doing)
                 portion = views[first:first + _MAX_PARTS]
                 count = self._send_some(portion) if doing == "send" else self._receive_some(portion)
-                if not count:
+                if not count and doing not in self._stopped:
                     where = "in a frame, too early" if moved else "before it was complete"
                     raise error(errno.EPROTO, doing, hint=f"the peer closed the stream {where}")
                 moved = True
@@ -96,6 +100,8 @@ class SocketTransport:
             raise
         except OSError as exc:
             exc.__traceback__ = None        # nobody who looks at it may hold guest memory
+            if doing in self._stopped:
+                raise self._interrupted(doing) from None
             if isinstance(exc, BlockingIOError | TimeoutError):
                 raise self._silent(doing) from None
             raise self._lost(exc, doing) from None
@@ -104,18 +110,57 @@ class SocketTransport:
             portion.clear()
 
     def _send_some(self, views: list[memoryview]) -> int:
-        return self._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
+        raise NotImplementedError
 
     def _receive_some(self, views: list[memoryview]) -> int:
-        return self._sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+        raise NotImplementedError
+
+    def _wake(self, receiving: bool, sending: bool) -> None:
+        """End the system calls of other threads."""
+        raise NotImplementedError
 
     def _silent(self, doing: str) -> OSError:
         return MigrationError(errno.ETIMEDOUT, operation=doing, hint=f"the peer did not move for {self.timeout:g} s")
+
+    def _interrupted(self, doing: str) -> OSError:
+        return MigrationError(errno.ECANCELED, operation=doing, hint="this side gave the connection up")
 
     def _lost(self, exc: OSError, doing: str) -> OSError:
         # EPIPE, which programs take for a reader of their output that went away, is the same as ECONNRESET here.
         number = errno.ECONNRESET if exc.errno in (None, errno.EPIPE) else exc.errno
         return MigrationError(number, operation=doing, hint="the connection to the peer is lost")
+
+
+class SocketTransport(ByteTransport):
+    """A connected stream socket (UNIX or TCP).
+
+    Parameters
+    ----------
+    sock : socket.socket
+        Owned, and closed with this object.
+    timeout : float
+        Seconds that one part of a frame may take before the peer counts as lost.
+    """
+
+    def __init__(self, sock: socket.socket, timeout: float = 30.0) -> None:
+        super().__init__(timeout)
+        self._sock = sock
+        # The kernel keeps the time: one system call for a whole body, however it arrives or leaves.
+        sock.setblocking(True)
+        limit = struct.pack("@ll", *divmod(max(round(timeout * 1e6), 1), 1_000_000))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    def _send_some(self, views: list[memoryview]) -> int:
+        return self._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
+
+    def _receive_some(self, views: list[memoryview]) -> int:
+        return self._sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+
+    def _wake(self, receiving: bool, sending: bool) -> None:
+        how = socket.SHUT_RDWR if receiving and sending else socket.SHUT_RD if receiving else socket.SHUT_WR
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(how)
 
     def close(self) -> None:
         """Close the socket; idempotent."""

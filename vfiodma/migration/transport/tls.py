@@ -7,7 +7,7 @@ import ssl
 from dataclasses import dataclass
 
 from ...errors import MigrationError
-from .sockets import SocketTransport
+from .polled import PolledTransport
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TlsFiles:
         return context
 
 
-class TlsTransport(SocketTransport):
+class TlsTransport(PolledTransport):
     """A connected stream socket, with TLS 1.3 over it.
 
     Parameters
@@ -55,7 +55,8 @@ class TlsTransport(SocketTransport):
 
     def __init__(self, sock: socket.socket, files: TlsFiles, server_name: str | None, timeout: float = 30.0) -> None:
         try:
-            super().__init__(sock, timeout)
+            self.check_timeout(timeout)
+            self.timeout = timeout
             sock.settimeout(timeout)
             context = files.context(server=server_name is None)
             self._tls = context.wrap_socket(sock, server_side=server_name is None, server_hostname=server_name)
@@ -71,13 +72,14 @@ class TlsTransport(SocketTransport):
         except BaseException:
             sock.close()
             raise
-        self._sock = self._tls
+        self._tls.setblocking(False)
+        super().__init__(timeout)
 
     def _send_some(self, views: list[memoryview]) -> int:
-        return self._tls.send(views[0])
+        return self._when_ready("send", self._tls.fileno(), lambda: self._tls.send(views[0]))
 
     def _receive_some(self, views: list[memoryview]) -> int:
-        return self._tls.recv_into(views[0])
+        return self._when_ready("receive", self._tls.fileno(), lambda: self._tls.recv_into(views[0]))
 
     def _lost(self, exc: OSError, doing: str) -> OSError:
         if isinstance(exc, ssl.SSLEOFError):
@@ -93,4 +95,5 @@ class TlsTransport(SocketTransport):
     def close(self) -> None:
         """Close the socket; idempotent."""
         with contextlib.suppress(OSError):
-            self._sock.close()
+            self._tls.close()
+        super().close()

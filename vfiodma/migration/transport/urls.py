@@ -12,14 +12,16 @@ from urllib.parse import urlsplit
 
 from ..._core.errno import error
 from ...errors import MigrationError
-from .sockets import SocketTransport
+from .pipes import PipeTransport
+from .sockets import ByteTransport, SocketTransport
 from .tls import TlsFiles, TlsTransport
 
 
 class _Url(NamedTuple):
-    scheme: str     # unix, tcp, tls, fd
+    scheme: str     # unix, tcp, tls, fd, fds
     host: str       # or the path
     port: int       # or the descriptor
+    output: int = -1    # of fds: the descriptor to send to
 
 
 def _parse(url: str) -> _Url:
@@ -30,13 +32,15 @@ def _parse(url: str) -> _Url:
         return _Url("unix", url[5:], 0)
     if re.fullmatch("fd:[0-9]{1,9}", url):
         return _Url("fd", "", int(url[3:]))
+    if re.fullmatch("fd:[0-9]{1,9},[0-9]{1,9}", url):
+        return _Url("fds", "", *map(int, url[3:].split(",")))
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
         extra = parts.path or parts.query or parts.fragment or parts.username is not None
         if parts.scheme in ("tcp", "tls") and parts.hostname and parts.port is not None and not extra:
             return _Url(parts.scheme, parts.hostname, parts.port)
     raise error(errno.EINVAL, "transport",
-                hint=f"{url!r} is none of unix:/path, tcp://host:port, tls://host:port, fd:N")
+                hint=f"{url!r} is none of unix:/path, tcp://host:port, tls://host:port, fd:N, fd:IN,OUT")
 
 
 def _check_tls(scheme: str, tls: TlsFiles | None) -> None:
@@ -80,14 +84,14 @@ def _failed(exc: OSError, what: str) -> MigrationError:
 
 
 def connect(url: str, *, timeout: float = 30.0, tls: TlsFiles | None = None,
-            insecure: bool = False) -> SocketTransport:
+            insecure: bool = False) -> ByteTransport:
     """Connect to the other side of a migration.
 
     Parameters
     ----------
     url : str
-        ``unix:/path``, ``tcp://host:port`` (in the clear), ``tls://host:port``, or ``fd:N``: a connected stream socket,
-        which is owned from here on.
+        ``unix:/path``, ``tcp://host:port`` (in the clear), ``tls://host:port``; ``fd:N``: a connected stream socket;
+        ``fd:IN,OUT``: two pipes, or other descriptors that can be polled.  Descriptors are owned from here on.
     timeout : float
         Seconds to connect in, and that one part of a frame may take afterwards.
     tls : TlsFiles, optional
@@ -101,13 +105,18 @@ def connect(url: str, *, timeout: float = 30.0, tls: TlsFiles | None = None,
         EINVAL: no such URL.
     MigrationError
         EPERM: in the clear over a network.  EHOSTUNREACH, ECONNREFUSED, ENOENT, ETIMEDOUT ...: nobody is there.
-        EKEYREJECTED: a certificate was refused.  ENOTSOCK, EPROTOTYPE, ENOTCONN: not such a descriptor.
+        EKEYREJECTED: a certificate was refused.  ENOTSOCK, EPROTOTYPE, ENOTCONN, EBADF: not such a
+        descriptor.
     """
     where = _parse(url)
     _check_tls(where.scheme, tls)
-    SocketTransport.check_timeout(timeout)
+    ByteTransport.check_timeout(timeout)
     if where.scheme == "fd":
         return SocketTransport(_adopt(where.port, timeout, insecure), timeout)
+    if where.scheme == "fds":
+        for fd in (where.port, where.output):
+            _check_descriptor(fd, insecure)
+        return PipeTransport(where.port, where.output, timeout)
     targets: list[tuple[socket.AddressFamily, Any]]
     if where.scheme == "unix":
         targets = [(socket.AF_UNIX, where.host)]
@@ -153,6 +162,22 @@ def _adopt(fd: int, timeout: float, insecure: bool) -> socket.socket:
     return sock
 
 
+def _check_descriptor(fd: int, insecure: bool) -> None:
+    """Refuse a network's socket among descriptors; what is no good otherwise is PipeTransport's to refuse."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return
+    except OSError:
+        return
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            try:
+                peer = sock.getpeername()
+            except OSError as exc:
+                raise _failed(exc, f"descriptor {fd} is not connected") from None
+            _check_open(str(peer[0]), insecure)
+
+
 class Listener:
     """Waits for the source of a migration; made by ``listen``.
 
@@ -174,7 +199,7 @@ class Listener:
             host = f"[{url.host}]" if ":" in url.host else url.host
             self.url = f"{url.scheme}://{host}:{sock.getsockname()[1]}"
 
-    def accept(self, timeout: float | None = None) -> SocketTransport:
+    def accept(self, timeout: float | None = None) -> ByteTransport:
         """Wait for one connection, by default as long as ``timeout`` of ``listen``.
 
         Raises
@@ -184,7 +209,7 @@ class Listener:
             next one.
         """
         limit = self._timeout if timeout is None else timeout
-        SocketTransport.check_timeout(limit)
+        ByteTransport.check_timeout(limit)
         try:
             self._sock.settimeout(limit)
             sock, _ = self._sock.accept()
@@ -223,9 +248,9 @@ def listen(url: str, *, timeout: float = 30.0, tls: TlsFiles | None = None, inse
     """
     where = _parse(url)
     _check_tls(where.scheme, tls)
-    SocketTransport.check_timeout(timeout)
-    if where.scheme == "fd":
-        raise error(errno.EINVAL, "transport", hint="fd:N is a connection already: connect() takes it on both sides")
+    ByteTransport.check_timeout(timeout)
+    if where.scheme in ("fd", "fds"):
+        raise error(errno.EINVAL, "transport", hint="a descriptor is connected already: connect() takes it, on both sides")
     family: socket.AddressFamily
     address: Any
     if where.scheme == "unix":

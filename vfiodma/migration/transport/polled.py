@@ -1,0 +1,50 @@
+"""Transports that poll a descriptor, and can be interrupted without harm to the connection."""
+import contextlib
+import os
+import select
+import ssl
+from collections.abc import Callable
+
+from .sockets import ByteTransport
+
+
+class PolledTransport(ByteTransport):
+    """Calls on non-blocking descriptors, repeated when they are ready."""
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(timeout)
+        # Becomes readable, for good, when a direction is given up: one for each.
+        self._wakers = {"receive": os.eventfd(0, os.EFD_CLOEXEC), "send": os.eventfd(0, os.EFD_CLOEXEC)}
+
+    def _when_ready(self, doing: str, fd: int, call: Callable[[], int]) -> int:
+        """Return what the call does, as soon as it would not block; TimeoutError, or BrokenPipeError for a wake-up."""
+        while True:
+            event = select.POLLIN if doing == "receive" else select.POLLOUT
+            try:
+                return call()
+            except BlockingIOError:
+                pass
+            except ssl.SSLWantReadError:
+                event = select.POLLIN
+            except ssl.SSLWantWriteError:
+                event = select.POLLOUT
+            poll = select.poll()
+            poll.register(fd, event)
+            poll.register(self._wakers[doing], select.POLLIN)
+            ready = dict(poll.poll(self.timeout * 1e3))
+            if not ready:
+                raise TimeoutError
+            if self._wakers[doing] in ready:
+                raise BrokenPipeError
+
+    def _wake(self, receiving: bool, sending: bool) -> None:
+        for doing, stop in (("receive", receiving), ("send", sending)):
+            if stop and self._wakers:
+                os.eventfd_write(self._wakers[doing], 1)
+
+    def close(self) -> None:
+        """Close what is left; idempotent."""
+        wakers, self._wakers = self._wakers, {}
+        for fd in wakers.values():
+            with contextlib.suppress(OSError):
+                os.close(fd)
