@@ -322,5 +322,5 @@ def test_a_descriptor_must_be_a_connected_stream_socket():
     with pytest.raises(MigrationError) as caught:
         connect("fd:999999")
     assert caught.value.errno == errno.EBADF
-    with pytest.raises(InvalidArgumentError, match="connection already"):
+    with pytest.raises(InvalidArgumentError, match="are connected already"):
         listen("fd:3")

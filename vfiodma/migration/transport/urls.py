@@ -250,7 +250,7 @@ def listen(url: str, *, timeout: float = 30.0, tls: TlsFiles | None = None, inse
     _check_tls(where.scheme, tls)
     ByteTransport.check_timeout(timeout)
     if where.scheme in ("fd", "fds"):
-        raise error(errno.EINVAL, "transport", hint="a descriptor is connected already: connect() takes it, on both sides")
+        raise error(errno.EINVAL, "transport", hint="descriptors are connected already: connect() takes them")
     family: socket.AddressFamily
     address: Any
     if where.scheme == "unix":
