@@ -4,7 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import MigrationError
-from .stream import HEADER_SIZE, RUN_SIZE, Checksum, Header, Kind, body_sum, damaged, decode_header, encode_header
+from .stream import (
+    COMPRESSED,
+    HEADER_SIZE,
+    RUN_SIZE,
+    Checksum,
+    Header,
+    Kind,
+    body_sum,
+    damaged,
+    decode_header,
+    encode_header,
+)
 
 
 class FrameChannel:
@@ -17,12 +28,16 @@ class FrameChannel:
 
     Attributes
     ----------
+    transport : Transport
+        As it was given.
     checksum : Checksum
-        Of the bodies from here on: CRC-32 up to READY, then what READY says.
+        Of the bodies from here on: CRC-32 up to READY or JOINED, then what READY says.
+    bytes_sent, bytes_received : int
+        So far, headers included.
     """
 
     def __init__(self, transport: Any) -> None:
-        self._transport = transport
+        self.transport = transport
         self._sent = self._received = 0
         self._head = memoryview(bytearray(HEADER_SIZE))
         self._body = bytearray(1 << 16)
@@ -41,33 +56,34 @@ class FrameChannel:
         header = encode_header(Header(kind, block, flags, epoch, self._sent, nruns, length,
                                       body_sum(self.checksum, summed)))
         self._sent += 1
-        self._transport.send([header, *parts, *content])
+        self.transport.send([header, *parts, *content])
         self.bytes_sent += HEADER_SIZE + length
 
     def receive(self, *kinds: Kind) -> tuple[Header, memoryview]:
         """Receive a frame of one of the kinds; the body is good until the next call.
 
-        Without checksums the body of PAGES is its runs only; ``receive_content`` must be next.
+        Without checksums the body of PAGES is their runs only, unless they are compressed; ``receive_content`` is next.
 
         Raises
         ------
         ProtocolError
             EPROTO: damaged, out of order, or not of a kind that may come now.
         """
-        self._transport.receive_into(self._head)
+        self.transport.receive_into(self._head)
         header = decode_header(self._head)
         if header.kind not in kinds:
             raise damaged(f"{header.kind.name} came where only {' or '.join(kind.name for kind in kinds)} may")
         if header.sequence != self._received:
             raise damaged(f"frame {header.sequence} came, {self._received} was next: lost, repeated or out of order")
         self._received += 1
-        bare = self.checksum is Checksum.NONE and header.kind is Kind.PAGES
-        length = header.nruns * RUN_SIZE if bare else header.length
+        unsummed = self.checksum is Checksum.NONE and header.kind is Kind.PAGES
+        summed = header.nruns * RUN_SIZE if unsummed else header.length
+        length = summed if unsummed and not header.flags & COMPRESSED else header.length
         if length > len(self._body):
             self._body = bytearray(length)      # bounded: decode_header() checked it
         body = memoryview(self._body)[:length]
-        self._transport.receive_into(body)
-        if body_sum(self.checksum, [body]) != header.body_sum:
+        self.transport.receive_into(body)
+        if body_sum(self.checksum, [body[:summed]]) != header.body_sum:
             raise damaged(f"the checksum of frame {header.sequence} ({header.kind.name}) is wrong: "
                           "bytes changed on the way")
         self.bytes_received += HEADER_SIZE + header.length
@@ -75,7 +91,7 @@ class FrameChannel:
 
     def receive_content(self, views: Sequence[memoryview]) -> None:
         """Receive the content of a frame of pages straight to where it belongs."""
-        self._transport.receive_parts(views)
+        self.transport.receive_parts(views)
 
     def answer(self, kind: Kind, epoch: int = 0) -> memoryview:
         """Receive the destination's answer; MigrationError (ECONNABORTED) with its own words where it gave up."""

@@ -147,7 +147,7 @@ class PrecopySource:
                 tracker.start()
                 # A tracker that compares memory with what was sent must be told what that was.
                 note_sent = getattr(tracker, "note_sent", None) if getattr(tracker, "compares", False) else None
-                self._sender = PageSender(self._channel, layout, note_sent, self._on_progress)
+                self._sender = PageSender([self._channel], layout, note_sent=note_sent, on_progress=self._on_progress)
                 for block in layout.blocks:
                     self.ledger.pending.set(block.first_bit, block.npages)
                 step = Step.CONTINUE

@@ -4,13 +4,14 @@ import errno
 from collections.abc import Callable
 from typing import Any, Self
 
-from .._core.copy import PageBoard, PageIntake
+from .._core.copy import PageBoard
 from ..errors import VfioError
 from ..memory import GuestMemory
 from . import stream
 from .channel import FrameChannel
+from .intake import ChannelIntake, open_boards, take_epoch
 from .layout import MemoryLayout
-from .stream import Checksum, Header, Hello, Kind, Ready, Totals, damaged
+from .stream import Hello, Kind, Ready, Totals, damaged
 
 
 class PageReceiver:
@@ -55,7 +56,7 @@ class PageReceiver:
         self._fresh = fresh
         self._takes = stream.offer(checksum)
         self._boards: list[PageBoard] = []
-        self._intake = PageIntake(stream.MAX_RUNS)
+        self._intakes: list[ChannelIntake] = []
         self._on_state = on_state or (lambda *_: None)
         self._on_switch = on_switch or (lambda: None)
         self.layout: MemoryLayout | None = None
@@ -116,64 +117,42 @@ class PageReceiver:
         self.layout = MemoryLayout(self._make_memory(hello), hello.pgsize)
         if self.layout.shape != hello.blocks:
             raise damaged("the memory here has another shape than the source's")
-        self._boards = [PageBoard(block.view, hello.pgsize, self._fresh) for block in self.layout.blocks]
+        self._boards = open_boards(self.layout, self._fresh)
         self._channel.send(Kind.READY, stream.encode_ready(hello.stream_id, Ready(checksum)))
         self._channel.checksum = checksum
+        self._intakes = [ChannelIntake(self._channel, self._boards, hello.pgsize)]
         return self.layout
 
     def _receive_epoch(self, layout: MemoryLayout) -> bool:
         """Receive frames up to END; return whether it was the final one."""
         if self.epoch > stream.MAX_EPOCH:
             raise damaged("too many epochs")
-        self._totals = Totals(0, 0, 0)
-        while True:
-            header, body = self._channel.receive(Kind.STATE, Kind.PAGES, Kind.ZEROS, Kind.END)
-            if header.epoch != self.epoch:
-                raise damaged(f"a frame of epoch {header.epoch} in epoch {self.epoch}")
-            if header.kind is Kind.END:
-                if stream.decode_totals(body) != self._totals:
-                    raise damaged(f"epoch {self.epoch} ends with other totals than were received")
-                if not self.epoch and self._totals.pages + self._totals.zero_pages != layout.npages:
-                    raise damaged("the first epoch did not bring all memory")
-                return bool(header.flags & stream.FINAL)
-            if header.kind is Kind.STATE:
-                self._state_bytes += len(body)
-                if self._state_bytes > stream.MAX_STATES:
-                    raise damaged(f"states of more than {stream.MAX_STATES} bytes")
-                self._on_state(*stream.decode_state(body))
-                continue
-            if header.block >= len(layout.blocks):
-                raise damaged(f"there is no block {header.block}")
-            self._receive_pages(self._boards[header.block], layout.pgsize, header, body)
+        final = False
 
-    def _receive_pages(self, board: PageBoard, pgsize: int, header: Header, body: memoryview) -> None:
-        intake = self._intake
-        most = stream.CHUNK_BYTES if header.kind is Kind.PAGES else stream.ZEROS_BYTES
-        try:
-            count = intake.admit(board, body, header.nruns, self.epoch, most // pgsize)
-        except VfioError as exc:
-            exc.hint = f"{header.kind.name} {exc.hint}"
-            raise
-        size = header.length - header.nruns * stream.RUN_SIZE
-        if size != (count * pgsize if header.kind is Kind.PAGES else 0):
-            raise damaged(f"{header.kind.name} with {size} bytes for {count} pages")
-        # From here on the frame is good.
-        frames, pages, zero_pages = self._totals
-        if header.kind is Kind.ZEROS:
-            intake.clear()
-            self._totals = Totals(frames + 1, pages, zero_pages + count)
-            return
-        if self._channel.checksum is Checksum.NONE:
-            views = intake.views()
-            try:
-                self._channel.receive_content(views)
-            finally:
-                for view in views:      # a traceback must not hold the memory
-                    view.release()
-            intake.done()
-        else:
-            intake.put(body[header.nruns * stream.RUN_SIZE:])
-        self._totals = Totals(frames + 1, pages + count, zero_pages)
+        def control() -> Totals:
+            nonlocal final
+            while True:
+                header, body = self._channel.receive(Kind.STATE, Kind.PAGES, Kind.ZEROS, Kind.END)
+                if header.epoch != self.epoch:
+                    raise damaged(f"a frame of epoch {header.epoch} in epoch {self.epoch}")
+                if header.kind is Kind.END:
+                    final = bool(header.flags & stream.FINAL)
+                    return stream.decode_totals(body)
+                if header.kind is Kind.STATE:
+                    self._receive_state(body)
+                else:
+                    self._intakes[0].take(header, body)
+
+        self._totals = take_epoch(self._intakes, self.epoch, control)
+        if not self.epoch and self._totals.pages + self._totals.zero_pages != layout.npages:
+            raise damaged("the first epoch did not bring all memory")
+        return final
+
+    def _receive_state(self, body: memoryview) -> None:
+        self._state_bytes += len(body)
+        if self._state_bytes > stream.MAX_STATES:
+            raise damaged(f"states of more than {stream.MAX_STATES} bytes")
+        self._on_state(*stream.decode_state(body))
 
     def _need_complete(self) -> None:
         if not self.complete:

@@ -30,6 +30,7 @@ MAX_STATES = 64 << 20       # bytes of all states of a stream
 MAX_EPOCH = (1 << 16) - 2
 MAX_CHANNELS = 64
 FINAL = 1       #: flag of END: the devices are stopped, this was the last epoch
+COMPRESSED = 2  #: flag of PAGES: the content is compressed as READY said
 RESUME = 1      #: flag of HELLO: a stream that broke goes on
 
 _HEADER = struct.Struct("<4sBBHIIQIIQI")
@@ -90,6 +91,10 @@ LIMITS = {
     Kind.ABORTED: 0,
     Kind.ERROR: 4096,
 }
+
+
+#: Flags that a frame of a kind may have.
+_FLAGS = {Kind.END: FINAL, Kind.PAGES: COMPRESSED}
 
 
 class Checksum(enum.IntFlag):
@@ -238,7 +243,7 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
         raise damaged(f"{nruns} runs do not fit into the frame")
     if kind not in (Kind.PAGES, Kind.ZEROS) and (nruns or block):
         raise damaged(f"{kind.name} has no runs and no block")
-    if flags & ~(FINAL if kind is Kind.END else 0):
+    if flags & ~_FLAGS.get(kind, 0):
         raise damaged(f"unknown flags {flags:#x} in {kind.name}")
     return Header(kind, block, flags, epoch, sequence, nruns, length, summed)
 

@@ -3,6 +3,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 
 from ...errors import MigrationError
 from .polled import PolledTransport
@@ -56,6 +57,9 @@ class PipeTransport(PolledTransport):
 
     def _receive_some(self, views: list[memoryview]) -> int:
         return self._when_ready("receive", self._read_fd, lambda: os.readv(self._read_fd, views))
+
+    def _wait_readable(self) -> bool:
+        return bool(self._poll("receive", self._read_fd, select.POLLIN))
 
     def close(self) -> None:
         """Close both descriptors; idempotent."""

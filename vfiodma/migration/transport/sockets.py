@@ -1,6 +1,7 @@
 """Byte transports: everything or an error, never a wait without an end."""
 import contextlib
 import errno
+import select
 import socket
 import struct
 import time
@@ -24,6 +25,9 @@ class Transport(Protocol):
 
     def receive_parts(self, views: Sequence[memoryview]) -> None:
         """Fill all views, one after another."""
+
+    def wait_readable(self) -> bool:
+        """Wait until there is something to receive, its end included; False where nothing came within the time-out."""
 
     def interrupt(self, *, receiving: bool = True, sending: bool = True) -> None:
         """From any thread: nothing is received, or sent, any more; who does or tries to gets ECANCELED.  Idempotent."""
@@ -68,6 +72,10 @@ class ByteTransport:
     def receive_parts(self, views: Sequence[memoryview]) -> None:
         """Fill all views."""
         self._move(views, "receive")
+
+    def wait_readable(self) -> bool:
+        """Wait until there is something to receive, its end included; False where nothing came within the time-out."""
+        return "receive" in self._stopped or self._wait_readable()
 
     def interrupt(self, *, receiving: bool = True, sending: bool = True) -> None:
         """From any thread: nothing is received, or sent, any more; who does or tries to gets ECANCELED.  Idempotent."""
@@ -115,6 +123,9 @@ class ByteTransport:
     def _receive_some(self, views: list[memoryview]) -> int:
         raise NotImplementedError
 
+    def _wait_readable(self) -> bool:
+        raise NotImplementedError
+
     def _wake(self, receiving: bool, sending: bool) -> None:
         """End the system calls of other threads."""
         raise NotImplementedError
@@ -156,6 +167,11 @@ class SocketTransport(ByteTransport):
 
     def _receive_some(self, views: list[memoryview]) -> int:
         return self._sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+
+    def _wait_readable(self) -> bool:
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(self.timeout * 1e3))
 
     def _wake(self, receiving: bool, sending: bool) -> None:
         how = socket.SHUT_RDWR if receiving and sending else socket.SHUT_RD if receiving else socket.SHUT_WR

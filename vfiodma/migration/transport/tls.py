@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import os
+import select
 import socket
 import ssl
 from dataclasses import dataclass
@@ -80,6 +81,9 @@ class TlsTransport(PolledTransport):
 
     def _receive_some(self, views: list[memoryview]) -> int:
         return self._when_ready("receive", self._tls.fileno(), lambda: self._tls.recv_into(views[0]))
+
+    def _wait_readable(self) -> bool:
+        return bool(self._tls.pending() or self._poll("receive", self._tls.fileno(), select.POLLIN))
 
     def _lost(self, exc: OSError, doing: str) -> OSError:
         if isinstance(exc, ssl.SSLEOFError):
