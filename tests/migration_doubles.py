@@ -5,7 +5,7 @@ import threading
 
 from vfiodma import DirtyLog, GuestMemory
 from vfiodma._core.errno import error
-from vfiodma.migration import PageReceiver, PrecopySource, SocketTransport
+from vfiodma.migration import PageReceiver, PrecopySource, Round, SocketTransport
 from vfiodma.migration.layout import MemoryLayout
 
 PGSIZE = 512        # small pages keep recorded streams short
@@ -59,6 +59,9 @@ class Replay:
         for view in views:
             self.receive_into(view)
 
+    def close(self):
+        pass
+
 
 class LogTracker:
     """A tracker over one dirty log."""
@@ -95,6 +98,11 @@ class Machine:
         return self._state
 
 
+def each_round(call):
+    """An ``on_event`` that hears of rounds only."""
+    return lambda event: call(event) if isinstance(event, Round) else None
+
+
 class Peer(threading.Thread):
     """A PageReceiver in a thread; ``join`` raises nothing, ``failure`` is what ended it."""
 
@@ -109,8 +117,7 @@ class Peer(threading.Thread):
         try:
             self.receiver.receive()
             if self.verify:
-                self.receiver.answer_verify()
-                self.receiver.await_release()
+                self.receiver.settle()
         except OSError as exc:
             self.failure = exc
         finally:
@@ -150,7 +157,7 @@ def record(memory, target, writes=(), rounds=2, states=None, checksum="auto"):
                         tracker.log.mark(layout.blocks[block].first_bit + page)
 
             source = PrecopySource(recorder, downtime_limit=1e-9, max_rounds=rounds, checksum=checksum,
-                                   on_round=on_round)
+                                   on_event=each_round(on_round))
             source.introduce(memory, PGSIZE)
             source.migrate(layout, tracker, Machine({"device": b"state"}), states)
             assert len(set(source.verify(layout))) == 1

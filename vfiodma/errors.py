@@ -100,7 +100,19 @@ class ProtocolError(VfioError):
 
 
 class MigrationError(VfioError):
-    """A migration that ended without success; the source still owns the guest."""
+    """A migration that ended without success; the source still owns the guest.
+
+    Attributes
+    ----------
+    peer_errno : int or None
+        Why the other side gave up, where it said so; ``errno`` is ECONNABORTED then.
+    """
+
+    peer_errno: "int | None" = None
+
+
+class HandoverError(MigrationError):
+    """EINPROGRESS: nobody knows yet whose the guest is; it stands still here."""
 
 
 class MissingExtraError(ImportError):

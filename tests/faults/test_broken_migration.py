@@ -7,7 +7,7 @@ import socket
 import time
 
 import pytest
-from migration_doubles import PGSIZE, Hooked, LogTracker, Machine, Peer, content_of, guest
+from migration_doubles import PGSIZE, Hooked, LogTracker, Machine, Peer, content_of, each_round, guest
 
 from vfiodma.errors import MigrationError, ProtocolError, VfioError
 from vfiodma.migration import PageReceiver, PrecopySource, SocketTransport
@@ -39,7 +39,7 @@ def migrate(transport, memory, machine, tracker=None):
                 memory.write(0, bytes([done.epoch + 1]) * PGSIZE)
                 tracker.log.mark(0)
 
-        source = PrecopySource(transport, downtime_limit=1e-9, max_rounds=ROUNDS, on_round=on_round)
+        source = PrecopySource(transport, downtime_limit=1e-9, max_rounds=ROUNDS, on_event=each_round(on_round))
         try:
             source.introduce(memory, PGSIZE)
             source.migrate(layout, tracker, machine)
@@ -98,9 +98,8 @@ def test_a_sender_killed_at_any_frame_is_an_error_at_the_receiver(memory, target
         began = time.monotonic()
         with pytest.raises((ProtocolError, MigrationError)), contextlib.closing(receiver), there:
             receiver.receive()
-            receiver.answer_verify()
-            receiver.await_release()
-        assert not receiver.complete
+            receiver.settle()
+        assert not receiver.handover.may_run
         assert time.monotonic() - began < 5
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
@@ -108,8 +107,7 @@ def test_a_sender_killed_at_any_frame_is_an_error_at_the_receiver(memory, target
 def receive_all(transport, target):
     receiver = PageReceiver(transport, lambda hello: target)
     receiver.receive()
-    receiver.answer_verify()
-    receiver.await_release()
+    receiver.settle()
 
 
 def test_a_receiver_killed_at_any_answer_leaves_the_source_running(memory, target):
@@ -156,7 +154,7 @@ def test_a_line_cut_at_any_frame_forgets_no_page(memory, target):
                     place = slice(page * PGSIZE, (page + 1) * PGSIZE)
                     assert got[place] == want[place] or ledger.pending.test(block.first_bit + page), (at, page)
         assert machine.calls.count("stop") == machine.calls.count("resume")
-        assert not peer.receiver.complete and isinstance(peer.failure, VfioError)
+        assert not peer.receiver.handover.may_run and isinstance(peer.failure, VfioError)
 
 
 @pytest.mark.parametrize("sent", [0, 10, 44])

@@ -1,4 +1,4 @@
-"""The hand-over of a guest, explored whole: either side is killed at every step, every message is lost at every step."""
+"""The hand-over of a guest, explored whole: either side killed at every step, every message lost at every step."""
 import collections
 import errno
 import json

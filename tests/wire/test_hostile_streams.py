@@ -38,8 +38,7 @@ def replay(data, target, checksum="auto"):
     receiver = PageReceiver(Replay(data), lambda hello: target, checksum=checksum)
     try:
         receiver.receive()
-        receiver.answer_verify()
-        receiver.await_release()
+        receiver.settle()
     finally:
         receiver.close()
     return receiver
@@ -89,11 +88,10 @@ def test_truncation_at_every_length_is_an_error(frames, target):
         with pytest.raises(ProtocolError):
             try:
                 receiver.receive()
-                receiver.answer_verify()
-                receiver.await_release()
+                receiver.settle()
             finally:
                 receiver.close()
-        assert not receiver.complete
+        assert not receiver.handover.may_run
 
 
 def test_without_checksums_a_flipped_byte_outside_of_content_is_an_error():
@@ -211,7 +209,7 @@ TOP = (1 << 64) - 1
     (Forger().end(0, 0, 0), "did not bring all memory"),
     (Forger().pages([(0, 8)]).end(1, 8, 0), "did not bring all memory"),
     (Forger().pages([(0, 8)]).pages([(0, 8)], block=1).end(2, 15, 0), "other totals"),
-    (Forger().pages([(0, 8)]).pages([(0, 8)], block=1).end(2, 16, 0, flags=FINAL).add(Kind.RUN), "RUN came where"),
+    (Forger().pages([(0, 8)]).pages([(0, 8)], block=1).end(2, 16, 0).add(Kind.RUN), "RUN came where"),
     (Forger().add(Kind.END, b"short"), "totals of 5 bytes"),
     (Forger().add(Kind.STATE, b"\x09\0abc"), "too short"),
     (Forger().add(Kind.HELLO, stream.encode_hello(Hello(PGSIZE, bytes(16), ((0, 4096),)))), "HELLO came where"),
@@ -274,9 +272,7 @@ def test_zero_pages_of_the_first_round_clear_memory_that_is_not_fresh(target):
 def test_an_incomplete_receiver_answers_no_digest(target):
     with contextlib.closing(PageReceiver(Replay(b""), lambda hello: target)) as receiver:
         with pytest.raises(VfioError, match="not complete"):
-            receiver.answer_verify()
-        with pytest.raises(VfioError, match="not complete"):
-            receiver.await_release()
+            receiver.settle()
 
 
 def test_the_source_refuses_answers_of_another_kind_or_stream(target):

@@ -20,10 +20,10 @@ from .._core.bitmap import DirtyBitmap
 from .._core.errno import error
 from ..address_space import IoAddressSpace
 from ..devices.dma_writer import DmaWriter
-from ..errors import VfioError
+from ..errors import MigrationError, VfioError
 from ..memory import GuestMemory
 from ..migration import DirtyTracker, PageReceiver, SocketTransport
-from ..migration.stream import Hello, damaged
+from ..migration.stream import Hello, Phase, damaged
 from .demo_source import TIMEOUT, Writers
 
 _MADV_POPULATE_WRITE = 23
@@ -160,9 +160,9 @@ def main(fd: int, size: int) -> dict[str, Any]:
                                 on_switch=here.get_ready)
         stack.enter_context(receiver)
         receiver.receive()
-        digest = receiver.answer_verify()
-        receiver.await_release()
-        return {"pid": os.getpid(), "sha256": digest.hex(), **here.run_on(receiver)}
+        if receiver.settle() is not Phase.OWNER:
+            raise MigrationError(errno.ECANCELED, operation="run", hint="the source keeps the guest")
+        return {"pid": os.getpid(), "sha256": receiver.digest.hex(), **here.run_on(receiver)}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from ..errors import MigrationError
 from ..liveupdate import VaddrHandoff
 from ..memory import GuestMemory
 from ..migration import DirtyTracker, PrecopySource, Round, SocketTransport
+from ..migration.events import Event, Progress
 from ..migration.layout import MemoryLayout
 
 _MAPPINGS = 8
@@ -196,13 +197,16 @@ def run(settings: Settings, report: Reporter) -> dict[str, Any]:
         stack.callback(lambda: held[0].close())
         ioas: IoAddressSpace
 
-        def on_round(done: Round) -> None:
-            report.round(done, settings.downtime_limit)
-            if not done.final:      # the VMM writes as well
-                ioas.write(pieces[0][0], f"round {done.epoch}\n".encode())
+        def on_event(event: Event) -> None:
+            if isinstance(event, Progress):
+                report.progress(event.pages, event.total)
+            elif isinstance(event, Round):
+                report.round(event, settings.downtime_limit)
+                if not event.final:     # the VMM writes as well
+                    ioas.write(pieces[0][0], f"round {event.epoch}\n".encode())
 
         source = PrecopySource(transport, downtime_limit=settings.downtime_limit, max_rounds=settings.max_rounds,
-                               on_round=on_round, on_progress=lambda _, done, total: report.progress(done, total))
+                               on_event=on_event)
         source.introduce(memory)                        # early: the destination gets its memory ready meanwhile
 
         files = image_files(settings.image)

@@ -1,5 +1,6 @@
 """Moving the memory of running devices to another process: tracker, ledger, pre-copy rounds, stream, receiver."""
-from .precopy import MigrationResult, PrecopySource, Round
+from .events import MigrationResult, Round
+from .precopy import PrecopySource
 from .receiver import PageReceiver
 from .tracker import DirtyTracker
 from .transport import SocketTransport

@@ -13,6 +13,7 @@ from .stream import (
     Kind,
     body_sum,
     damaged,
+    decode_error,
     decode_header,
     encode_header,
 )
@@ -93,16 +94,23 @@ class FrameChannel:
         """Receive the content of a frame of pages straight to where it belongs."""
         self.transport.receive_parts(views)
 
-    def answer(self, kind: Kind, epoch: int = 0) -> memoryview:
+    def answer(self, *kinds: Kind, epoch: int = 0) -> tuple[Header, memoryview]:
         """Receive the destination's answer; MigrationError (ECONNABORTED) with its own words where it gave up."""
-        header, body = self.receive(kind, Kind.ERROR)
+        header, body = self.receive(*kinds, Kind.ERROR)
         if header.kind is Kind.ERROR:
-            raise MigrationError(errno.ECONNABORTED, operation="migrate", hint=gave_up(body))
+            raise gave_up(body)
         if header.epoch != epoch:
-            raise damaged(f"{kind.name} of epoch {header.epoch}, {epoch} was awaited")
-        return body
+            raise damaged(f"{header.kind.name} of epoch {header.epoch}, {epoch} was awaited")
+        return header, body
+
+    def close(self) -> None:
+        """Close the transport; idempotent."""
+        self.transport.close()
 
 
-def gave_up(body: memoryview) -> str:
-    """Return what an ERROR frame says."""
-    return f"the destination gave up: {bytes(body).decode(errors='replace')}"
+def gave_up(body: memoryview) -> MigrationError:
+    """Return the error that an ERROR frame tells of; ``peer_errno`` is why the destination gave up."""
+    number, words = decode_error(body)
+    exc = MigrationError(errno.ECONNABORTED, operation="migrate", hint=words)
+    exc.peer_errno = number
+    return exc

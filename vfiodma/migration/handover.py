@@ -2,7 +2,7 @@
 
 The source is the owner until it *commits*: it writes that down, and only then says so.  The destination is the owner
 from the moment it has written that down, which it does before it runs or answers.  Between the two the guest stands
-still.  A source that hears no answer stays in doubt, and asks again; a destination that has written "aborted" first will
+still.  A source that hears no answer stays in doubt, and asks again; a destination that has written "aborted" will
 never run.  So never two sides run, and after a commit exactly one will, as soon as they have talked once.
 """
 import contextlib
@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,7 @@ class DestinationHandover:
         self._journal = journal
         self.stream = ""
         self.phase = Phase.RECEIVING
+        self._lock = threading.Lock()       # abort() may come from any thread
         record = journal.read()
         if record:
             self.stream = str(record.get("stream"))
@@ -173,28 +175,33 @@ class DestinationHandover:
 
     def receive(self) -> None:
         """More memory comes: what was complete is not any more, because the source runs on."""
-        if self.phase not in (Phase.RECEIVING, Phase.COMPLETE):
-            raise error(errno.EPROTO, "handover", hint=f"memory came although the guest is {self.phase.name} here")
-        self.phase = Phase.RECEIVING
+        self._move(Phase.RECEIVING)
 
     def complete(self) -> None:
         """Everything is here, from a source that stands still."""
-        self.receive()
-        self.phase = Phase.COMPLETE
+        self._move(Phase.COMPLETE)
+
+    def _move(self, phase: Phase) -> None:
+        with self._lock:
+            if self.phase not in (Phase.RECEIVING, Phase.COMPLETE):
+                raise error(errno.EPROTO, "handover", hint=f"memory came although the guest is {self.phase.name} here")
+            self.phase = phase
 
     def run(self) -> Phase:
         """The source gives the guest: own it, unless it was given up before."""
         if self.phase is Phase.RECEIVING:
             raise error(errno.EPROTO, "handover", hint="the guest was given before its memory was complete")
-        if self.phase is Phase.COMPLETE:
-            self._write(Phase.OWNER)
-        return self.phase
+        with self._lock:
+            if self.phase is Phase.COMPLETE:
+                self._write(Phase.OWNER)
+            return self.phase
 
     def abort(self) -> Phase:
         """Give the guest up, unless it is owned."""
-        if self.phase in (Phase.RECEIVING, Phase.COMPLETE):
-            self._write(Phase.ABORTED)
-        return self.phase
+        with self._lock:
+            if self.phase in (Phase.RECEIVING, Phase.COMPLETE):
+                self._write(Phase.ABORTED)
+            return self.phase
 
     def _write(self, phase: Phase) -> None:
         self._journal.write(stream=self.stream, phase=phase.name)

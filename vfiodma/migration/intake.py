@@ -35,6 +35,8 @@ class ChannelIntake:
     ----------
     totals : Totals
         Of this epoch so far.
+    attempt : int
+        Number of this attempt at an epoch, over all connections: a page comes at most once in each.
     """
 
     def __init__(self, channel: FrameChannel, boards: Sequence[PageBoard], pgsize: int,
@@ -45,6 +47,7 @@ class ChannelIntake:
         self._codec = Codec(compression) if compression else None
         self._intake = PageIntake(stream.MAX_RUNS)
         self.totals = Totals(0, 0, 0)
+        self.attempt = 0
 
     def take(self, header: Header, body: memoryview) -> None:
         """Check a frame of PAGES or ZEROS, then do what it says.
@@ -58,7 +61,7 @@ class ChannelIntake:
             raise damaged(f"there is no block {header.block}")
         most = stream.CHUNK_BYTES if header.kind is Kind.PAGES else stream.ZEROS_BYTES
         try:
-            count = self._intake.admit(self._boards[header.block], body, header.nruns, header.epoch,
+            count = self._intake.admit(self._boards[header.block], body, header.nruns, self.attempt,
                                        most // self._pgsize)
         except VfioError as exc:
             exc.hint = f"{header.kind.name} {exc.hint}"
@@ -117,7 +120,8 @@ class ChannelIntake:
             self.take(header, body)
 
 
-def take_epoch(intakes: Sequence[ChannelIntake], epoch: int, control: Callable[[], Totals]) -> Totals:
+def take_epoch(intakes: Sequence[ChannelIntake], epoch: int, attempt: int,
+               control: Callable[[], Totals]) -> Totals:
     """Take in one epoch on all channels, a thread each.
 
     Parameters
@@ -126,6 +130,8 @@ def take_epoch(intakes: Sequence[ChannelIntake], epoch: int, control: Callable[[
         That of channel 0 first.
     epoch : int
         The current one.
+    attempt : int
+        As of ChannelIntake.
     control : callable
         Receives the frames of channel 0 up to END, hands PAGES and ZEROS to ``intakes[0].take``, and returns END's
         totals.  Called in this thread.
@@ -153,7 +159,7 @@ def take_epoch(intakes: Sequence[ChannelIntake], epoch: int, control: Callable[[
             intake.channel.transport.interrupt(sending=False)
 
     for intake in intakes:
-        intake.totals = Totals(0, 0, 0)
+        intake.totals, intake.attempt = Totals(0, 0, 0), attempt
     works: list[Callable[[], None]] = [run_control]
     works += [partial(intake.take_epoch, epoch, lambda: bool(said)) for intake in intakes[1:]]
     together(works, give_up)

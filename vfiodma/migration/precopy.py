@@ -2,22 +2,29 @@
 import contextlib
 import errno
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, Self
 
 from .._core.bitmap import DirtyBitmap
 from .._core.errno import error
-from ..errors import MigrationError, VfioError
+from ..errors import HandoverError, MigrationError, VfioError
 from ..memory import GuestMemory
 from . import stream
 from .channel import FrameChannel, gave_up
 from .convergence import Convergence, Step
+from .events import Broken, Event, MigrationResult, Progress, Resumed, Round, Stage
+from .handover import Journal, SourceHandover, SourceState
 from .layout import MemoryLayout
 from .ledger import Ledger
 from .sender import PageSender
-from .stream import Hello, Kind
+from .stream import Hello, Kind, Phase, Ready
+
+_KEEPALIVE = 1.0            # seconds between signs of life while paused
+_BACKOFF = 0.05, 2.0        # seconds between attempts to connect again: the first, the longest
+#: Why a destination gave a connection up, where another connection may do better.
+_CURABLE = {errno.EPROTO, errno.EBADMSG, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE}
 
 
 class Tracker(Protocol):
@@ -46,33 +53,6 @@ class Machine(Protocol):
         """Return the named states that the destination needs; called after ``stop``."""
 
 
-@dataclass
-class Round:
-    """One epoch of the stream."""
-
-    epoch: int
-    pages: int                  #: sent with content
-    zero_pages: int             #: sent as runs only
-    bytes: int                  #: on the wire
-    seconds: float
-    dirty_pages: int            #: unique pages written meanwhile, which are left
-    bandwidth: float            #: bytes/s on the wire
-    predicted_downtime: float | None    #: seconds, if the devices had been stopped after it; None for the last
-    final: bool = False
-
-
-@dataclass
-class MigrationResult:
-    """What a migration took."""
-
-    rounds: list[Round] = field(default_factory=list)
-    downtime: float = 0.0           #: seconds from stopping the devices to the destination's last acknowledgement
-    predicted_downtime: float = 0.0
-    converged: bool = True          #: False: max_rounds were over and the limit was out of reach
-    bytes: int = 0
-    seconds: float = 0.0
-
-
 class PrecopySource:
     """Move guest memory to a PageReceiver while devices write into it.
 
@@ -87,36 +67,61 @@ class PrecopySource:
     checksum : {"auto", "xxh3", "crc32", "none"}
         What protects the bytes on their way: by default xxh3 where both sides have the library ``xxhash``, else CRC-32.
         "none" must be asked for on both sides, and is for transports that protect bytes themselves.
-    on_round, on_progress : callable, optional
-        Called with each finished Round; with (epoch, pages done, pages in all) after each chunk.
+    reconnect : callable, optional
+        Returns another transport to the same destination, or raises MigrationError when it can't yet.  With it, a
+        connection that breaks costs the epoch that was in flight, and no more; devices run on meanwhile.
+    reconnect_timeout : float
+        Seconds that reconnecting may take.
+    journal : Journal, optional
+        Where it is written down that the guest was given away, so that a restarted process knows.
+    on_event : callable, optional
+        Called with every event (vfiodma.migration.events) in the calling thread; what it raises ends the migration.
+
+    Attributes
+    ----------
+    handover : SourceHandover
+        Whose the guest is: ``handover.state`` and ``handover.may_run``.
+    ledger : Ledger
+        After a failure, what the destination lacks is in ``ledger.pending``.
 
     Notes
     -----
     ``introduce``, ``migrate``, then ``verify`` and ``release``.  Up to ``release`` this side owns the guest: a failure
-    resumes the devices, puts the pages in flight back into ``ledger.pending`` and raises MigrationError.
+    resumes the devices, puts the pages in flight back into ``ledger.pending`` and raises MigrationError.  ``cancel``,
+    ``pause`` and ``unpause`` may be called from any thread.
     """
 
     def __init__(self, transport: Any, *, downtime_limit: float = 0.3, max_rounds: int = 16,
-                 checksum: str = "auto",
-                 on_round: Callable[[Round], object] | None = None,
-                 on_progress: Callable[[int, int, int], object] | None = None) -> None:
-        if downtime_limit <= 0 or max_rounds < 1:
-            raise error(errno.EINVAL, "migrate", hint="downtime_limit is above 0, max_rounds at least 1")
+                 checksum: str = "auto", reconnect: Callable[[], Any] | None = None, reconnect_timeout: float = 30.0,
+                 journal: Journal | None = None, on_event: Callable[[Event], object] | None = None) -> None:
+        if downtime_limit <= 0 or max_rounds < 1 or reconnect_timeout < 0:
+            raise error(errno.EINVAL, "migrate", hint="downtime_limit is above 0, max_rounds at least 1, "
+                        "reconnect_timeout not negative")
         self._channel = FrameChannel(transport)
         self._offer = stream.offer(checksum)
+        self._reconnect, self._reconnect_timeout = reconnect, reconnect_timeout
+        self._opened: list[Any] = []        # transports of reconnect()
+        self._journal = journal or Journal()
+        self._on_event = on_event or (lambda _: None)
         self.convergence = Convergence(downtime_limit, max_rounds)
-        self._on_round = on_round or (lambda _: None)
-        self._on_progress = on_progress or (lambda *_: None)
-        self._hello: Hello | None = None
+        self.handover = SourceHandover(Journal(), "")
         self.ledger: Ledger | None = None
+        self._hello: Hello | None = None
+        self._machine: Machine | None = None
         self._sender: PageSender | None = None
+        self._epoch = 0                     # number of acknowledged ones
+        self._bytes = 0                     # sent over connections that are closed
+        self._cancelled, self._running = threading.Event(), threading.Event()
+        self._running.set()
 
     def introduce(self, memory: GuestMemory, pgsize: int = 4096) -> None:
         """Tell the destination what will come, so that it can get memory ready."""
         with MemoryLayout(memory, pgsize) as layout, self._failing("introduce"):
-            self._hello = Hello(pgsize, os.urandom(16), layout.shape, self._offer, os.urandom(16))
-            self._channel.send(Kind.HELLO, stream.encode_hello(self._hello))
-            self._channel.checksum = stream.decode_ready(self._channel.answer(Kind.READY), self._hello).checksum
+            self._on_event(Stage("introduce"))
+            hello = Hello(pgsize, os.urandom(16), layout.shape, self._offer, os.urandom(16))
+            self.handover = SourceHandover(self._journal, hello.stream_id.hex())
+            self._greet(hello)
+            self._hello = hello
 
     def migrate(self, layout: MemoryLayout, tracker: Tracker, machine: Machine,
                 states: Mapping[str, bytes] | None = None) -> MigrationResult:
@@ -136,73 +141,177 @@ class PrecopySource:
         Raises
         ------
         MigrationError
-            It failed; the devices run on here.
+            It failed (ECANCELED: by ``cancel``); the devices run on here.
         """
         if self._hello is None or (layout.pgsize, layout.shape) != (self._hello.pgsize, self._hello.blocks):
             raise error(errno.EINVAL, "migrate", hint="the memory is not the one that was introduced")
-        self.ledger = Ledger(layout.nbits, layout.pgsize)
-        result, began, stopped = MigrationResult(), time.perf_counter(), False
+        if self.ledger is not None:
+            raise error(errno.EINVAL, "migrate", hint="a source migrates once: make another one")
+        self.ledger, self._machine = Ledger(layout.nbits, layout.pgsize), machine
+        result, began = MigrationResult(), time.perf_counter()
         try:
             with self._failing("migrate"):
                 tracker.start()
-                # A tracker that compares memory with what was sent must be told what that was.
-                note_sent = getattr(tracker, "note_sent", None) if getattr(tracker, "compares", False) else None
-                self._sender = PageSender([self._channel], layout, note_sent=note_sent, on_progress=self._on_progress)
-                for block in layout.blocks:
-                    self.ledger.pending.set(block.first_bit, block.npages)
-                step = Step.CONTINUE
-                while step is Step.CONTINUE:
-                    result.rounds.append(self._round(layout, tracker, states or {}))
-                    step = self._decide(layout, result.rounds[-1])
-                    states = None
-                result.predicted_downtime = self.convergence.predicted
-                result.converged = step is Step.SWITCH
-                down, stopped = time.perf_counter(), True
-                machine.stop()
-                tracker.harvest(self.ledger.pending)
-                result.rounds.append(self._round(layout, None, machine.state()))
-                result.downtime = time.perf_counter() - down
-                self._on_round(result.rounds[-1])
-        except BaseException:
+            for block in layout.blocks:
+                self.ledger.pending.set(block.first_bit, block.npages)
+            while True:
+                try:
+                    with self._failing("migrate"):
+                        self._rounds(layout, tracker, states or {}, result)
+                        self._switch_over(layout, tracker, machine, result)
+                    break
+                except MigrationError as exc:
+                    self._stay()
+                    self._go_on(exc, result)
+        except BaseException as exc:
             self.ledger.put_back()
-            if stopped:
-                machine.resume()
+            self._stay()
+            if self._cancelled.is_set() and isinstance(exc, MigrationError):
+                self._tell_abort()
             raise
         finally:
             tracker.stop()
-        result.bytes, result.seconds = self._channel.bytes_sent, time.perf_counter() - began
+        result.bytes, result.seconds = self._bytes + self._channel.bytes_sent, time.perf_counter() - began
+        self._on_event(Stage("moved"))
         return result
 
     def verify(self, layout: MemoryLayout) -> tuple[bytes, bytes]:
         """Return the SHA-256 of all memory here and there, taken at the same time."""
-        with self._failing("verify"):
-            self._channel.send(Kind.VERIFY)
-            here = layout.digest()
-            there = bytes(self._channel.answer(Kind.DIGEST))
-            if len(there) != stream.DIGEST_SIZE:
-                raise stream.damaged("a digest of a wrong length")
-            return here, there
+        try:
+            with self._failing("verify"):
+                self._channel.send(Kind.VERIFY)
+                here = layout.digest()
+                there = bytes(self._channel.answer(Kind.DIGEST)[1])
+                if len(there) != stream.DIGEST_SIZE:
+                    raise stream.damaged("a digest of a wrong length")
+                return here, there
+        except BaseException:
+            self._stay()
+            raise
 
     def release(self) -> None:
-        """Hand the guest over: from here on the destination owns it."""
-        with self._failing("release"):
-            self._channel.send(Kind.RUN)
-            self._channel.answer(Kind.STARTED)
+        """Hand the guest over: from here on the destination owns it.
 
-    # Inside
+        Raises
+        ------
+        HandoverError
+            EINPROGRESS: the destination was told, and no answer came.  It may own the guest, which stands still here
+            until ``settle`` has asked.
+        MigrationError
+            ECANCELED: the destination has given the guest up for good; the devices run on here.
+        """
+        self._on_event(Stage("release"))
+        self.handover.commit()
+        try:
+            with self._failing("release"):
+                self._say_run()
+        except MigrationError as exc:
+            self._settle(exc)
+
+    def settle(self, transport: Any = None) -> None:
+        """Ask the destination once more whose the guest is; raises as ``release``.
+
+        Parameters
+        ----------
+        transport : Transport, optional
+            To the destination; closed by the caller.  By default ``reconnect`` makes one.
+        """
+        if self.handover.state is not SourceState.COMMITTING:
+            raise error(errno.EINVAL, "settle", hint=f"there is no doubt: the guest is {self.handover.state.name} here")
+        if transport is None:
+            return self._settle(self._in_doubt())
+        self._connected(transport)
+        try:
+            with self._failing("settle"):
+                self._ask()
+        except MigrationError as exc:
+            self._raise_kept(exc)
+            raise self._in_doubt() from exc
+
+    def abort(self) -> None:
+        """Keep the guest after all, instead of ``release``: the devices run on here."""
+        if self.handover.state is not SourceState.STOPPED:
+            raise error(errno.EINVAL, "abort", hint=f"the guest is {self.handover.state.name} here")
+        self._tell_abort()
+        self._stay()
+
+    def cancel(self) -> None:
+        """End the migration at the next chunk: it raises MigrationError (ECANCELED), and the devices run on."""
+        self._cancelled.set()
+        self._running.set()
+
+    def pause(self) -> None:
+        """Send nothing more until ``unpause``; devices run, and what they write is kept in mind."""
+        self._running.clear()
+
+    def unpause(self) -> None:
+        """Go on."""
+        self._running.set()
+
+    def close(self) -> None:
+        """Close the connections that ``reconnect`` opened; idempotent."""
+        while self._opened:
+            self._opened.pop().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Rounds
+
+    def _rounds(self, layout: MemoryLayout, tracker: Tracker, states: Mapping[str, bytes],
+                result: MigrationResult) -> None:
+        """Rounds with running devices, up to the decision to stop them."""
+        # A tracker that compares memory with what was sent must be told what that was.
+        note_sent = getattr(tracker, "note_sent", None) if getattr(tracker, "compares", False) else None
+        self._sender = PageSender([self._channel], layout, note_sent=note_sent, on_progress=self._on_chunk)
+        self._on_event(Stage("rounds"))
+        prepared, step = False, Step.CONTINUE
+        while step is Step.CONTINUE:
+            done = self._round(layout, tracker, {} if result.rounds else states)
+            result.rounds.append(done)
+            step = self.convergence.decide(done.dirty_pages * layout.pgsize)
+            done.predicted_downtime = self.convergence.predicted
+            self._on_event(done)
+            if not prepared:
+                self._prepare()
+                prepared = True
+        result.predicted_downtime = self.convergence.predicted
+        result.converged = step is Step.SWITCH
+
+    def _prepare(self) -> None:
+        """Wait until the destination could take the guest; devices run."""
+        self._on_event(Stage("prepare"))
+        self._channel.send(Kind.PREPARE, epoch=self._epoch)
+        self._channel.answer(Kind.PREPARED, epoch=self._epoch)
+
+    def _switch_over(self, layout: MemoryLayout, tracker: Tracker, machine: Machine, result: MigrationResult) -> None:
+        assert self.ledger is not None
+        self._check()
+        self._on_event(Stage("stopped"))
+        down = time.perf_counter()
+        self.handover.stop()
+        machine.stop()
+        tracker.harvest(self.ledger.pending)
+        result.rounds.append(self._round(layout, None, machine.state()))
+        result.downtime = time.perf_counter() - down
+        self._on_event(result.rounds[-1])
 
     def _round(self, layout: MemoryLayout, tracker: Tracker | None, states: Mapping[str, bytes]) -> Round:
-        """Send an epoch; without a tracker it is the final one."""
+        """Send everything pending as one epoch; without a tracker nothing runs, and it is the last one."""
         assert self.ledger is not None and self._sender is not None
-        epoch, before, began = self.convergence.rounds, self._channel.bytes_sent, time.perf_counter()
+        began, before, epoch = time.perf_counter(), self._channel.bytes_sent, self._epoch
         for name, data in states.items():
             self._channel.send(Kind.STATE, stream.encode_state(name, data), epoch=epoch)
         totals = self._sender.send(self.ledger.take(), epoch)
         sent = time.perf_counter()
         self._channel.send(Kind.END, stream.encode_totals(totals), epoch=epoch, flags=0 if tracker else stream.FINAL)
-        if stream.decode_totals(self._channel.answer(Kind.ACK, epoch)) != totals:
+        if stream.decode_totals(self._channel.answer(Kind.ACK, epoch=epoch)[1]) != totals:
             raise stream.damaged(f"the acknowledgement of epoch {epoch} has other totals")
         self.ledger.retire()
+        self._epoch += 1
         acked = time.perf_counter()
         if tracker is not None:
             tracker.harvest(self.ledger.pending)
@@ -213,11 +322,151 @@ class PrecopySource:
         return Round(epoch, totals.pages, totals.zero_pages, nbytes, seconds, dirty, nbytes / seconds, None,
                      final=tracker is None)
 
-    def _decide(self, layout: MemoryLayout, done: Round) -> Step:
-        step = self.convergence.decide(done.dirty_pages * layout.pgsize)
-        done.predicted_downtime = self.convergence.predicted
-        self._on_round(done)
-        return step
+    def _on_chunk(self, epoch: int, pages: int, total: int) -> None:
+        self._on_event(Progress(epoch, pages, total))
+        self._check()
+
+    def _check(self) -> None:
+        """Wait while paused, showing life to the destination; MigrationError (ECANCELED) when cancelled."""
+        if not self._running.is_set() and self.handover.state is SourceState.RUNNING:
+            while not self._running.wait(_KEEPALIVE):
+                self._channel.send(Kind.KEEPALIVE)
+        self._check_cancel()
+
+    def _check_cancel(self) -> None:
+        if self._cancelled.is_set():
+            raise MigrationError(errno.ECANCELED, operation="migrate", hint="it was cancelled; the guest runs on here")
+
+    def _stay(self) -> None:
+        """The guest runs on here, if it was stopped."""
+        if self.handover.state is SourceState.STOPPED and self._machine is not None:
+            self.handover.resume()
+            self._machine.resume()
+
+    # Connections
+
+    def _greet(self, hello: Hello) -> Ready:
+        self._channel.send(Kind.HELLO, stream.encode_hello(hello))
+        ready = stream.decode_ready(self._channel.answer(Kind.READY)[1], hello)
+        self._channel.checksum = ready.checksum
+        return ready
+
+    def _connected(self, transport: Any) -> None:
+        self._bytes += self._channel.bytes_sent
+        self._channel = FrameChannel(transport)
+
+    def _again(self) -> Ready:
+        """Greet the destination over a new connection, and compare what both know."""
+        assert self._hello is not None
+        asks = self.handover.state is SourceState.COMMITTING
+        return self._greet(self._hello._replace(resume=True, epochs=self._epoch, asks=asks))
+
+    def _connections(self, failure: MigrationError) -> Iterator[None]:
+        """A new connection for each turn, until the time is over: then the failure is raised."""
+        if self._reconnect is None:
+            raise failure
+        until, wait = time.monotonic() + self._reconnect_timeout, _BACKOFF[0]
+        self._channel.close()       # the destination is to notice as well
+        while True:
+            if self.handover.state is SourceState.RUNNING:
+                self._check_cancel()
+            with contextlib.suppress(VfioError):
+                transport = self._reconnect()
+                self.close()
+                self._opened.append(transport)
+                self._connected(transport)
+                yield
+            if time.monotonic() >= until:
+                raise failure
+            self._cancelled.wait(wait)
+            wait = min(wait * 2, _BACKOFF[1])
+
+    def _go_on(self, failure: MigrationError, result: MigrationResult) -> None:
+        """Get a connection again after a failure in a round, and put the ledger right."""
+        assert self.ledger is not None
+        if self._reconnect is None or not _curable(failure):
+            raise failure
+        result.breaks += 1
+        self._on_event(Broken(failure))
+        for _ in self._connections(failure):
+            try:
+                with self._failing("reconnect"):
+                    ready = self._again()
+            except MigrationError as exc:
+                if not _curable(exc):
+                    raise
+                continue
+            if ready.phase is Phase.ABORTED:
+                self.handover.settle(ready.phase)
+                raise MigrationError(errno.ECANCELED, operation="reconnect",
+                                     hint="the destination has given the guest up: start another migration")
+            again = 0
+            if ready.phase is Phase.OWNER or ready.epochs not in (self._epoch, self._epoch + 1):
+                raise stream.damaged(f"the destination is {ready.phase.name} after {ready.epochs} epochs, "
+                                     f"{self._epoch} were acknowledged")
+            if ready.epochs > self._epoch:      # only the acknowledgement was lost
+                self.ledger.retire()
+                self._epoch = ready.epochs
+            else:
+                again = self.ledger.in_flight.count()
+                self.ledger.put_back()
+            self._on_event(Resumed(ready.epochs, again))
+            return
+
+    def _say_run(self) -> None:
+        """Give the guest, and hear what became of it."""
+        self._channel.send(Kind.RUN)
+        header, _ = self._channel.answer(Kind.STARTED, Kind.ABORTED)
+        self._settled(Phase.OWNER if header.kind is Kind.STARTED else Phase.ABORTED)
+
+    def _ask(self) -> None:
+        """Ask over a new connection; give the guest again where the destination still waits for it."""
+        ready = self._again()
+        if ready.phase is Phase.COMPLETE:
+            self._say_run()
+        elif ready.phase is Phase.RECEIVING:
+            raise stream.damaged("the destination lost what it had")
+        else:
+            self._settled(ready.phase)
+
+    def _settled(self, phase: Phase) -> None:
+        self.handover.settle(phase)
+        if phase is Phase.OWNER:
+            self._on_event(Stage("given"))
+            return
+        if self._machine is not None:
+            self._machine.resume()
+        raise MigrationError(errno.ECANCELED, operation="release",
+                             hint="the destination has given the guest up; it runs on here")
+
+    def _settle(self, failure: MigrationError) -> None:
+        """Ask again and again; HandoverError if the doubt remains."""
+        try:
+            self._raise_kept(failure)
+            for _ in self._connections(failure):
+                try:
+                    with self._failing("settle"):
+                        return self._ask()
+                except MigrationError as exc:
+                    self._raise_kept(exc)
+        except MigrationError as exc:
+            self._raise_kept(exc)
+            raise self._in_doubt() from exc
+
+    def _raise_kept(self, exc: MigrationError) -> None:
+        if self.handover.state is not SourceState.COMMITTING:
+            raise exc
+
+    def _in_doubt(self) -> HandoverError:
+        return HandoverError(errno.EINPROGRESS, operation="release",
+                             hint="the destination was told that it owns the guest, and did not answer: the guest "
+                                  "stands still here until settle() has asked")
+
+    def _tell_abort(self) -> None:
+        """Tell the destination that it will never run the guest; that it hears it is not needed."""
+        with contextlib.suppress(VfioError):
+            self._channel.send(Kind.ABORT)
+            self._channel.answer(Kind.ABORTED)
 
     @contextlib.contextmanager
     def _failing(self, operation: str) -> Any:
@@ -225,11 +474,15 @@ class PrecopySource:
         try:
             yield
         except VfioError as exc:
-            if exc.errno == errno.ECONNRESET:
+            if exc.errno in (errno.ECONNRESET, errno.EPIPE):
                 with contextlib.suppress(VfioError):
-                    _, body = self._channel.receive(Kind.ERROR)
-                    exc.hint = gave_up(body)
+                    raise gave_up(self._channel.receive(Kind.ERROR)[1]) from exc
             if isinstance(exc, MigrationError):
                 raise
             raise MigrationError(exc.errno, exc.strerror, operation=exc.operation or operation, iova=exc.iova,
                                  size=exc.size, hint=exc.hint) from exc
+
+
+def _curable(exc: MigrationError) -> bool:
+    """Whether another connection may do better."""
+    return (exc.peer_errno or exc.errno) in _CURABLE

@@ -1,21 +1,24 @@
 """The destination's side: takes frames apart, trusts nothing, and acknowledges what is in memory."""
 import contextlib
 import errno
+import hmac
 from collections.abc import Callable
 from typing import Any, Self
 
 from .._core.copy import PageBoard
-from ..errors import VfioError
+from .._core.errno import error
+from ..errors import MigrationError, VfioError
 from ..memory import GuestMemory
 from . import stream
 from .channel import FrameChannel
+from .handover import DestinationHandover, Journal
 from .intake import ChannelIntake, open_boards, take_epoch
 from .layout import MemoryLayout
-from .stream import Hello, Kind, Ready, Totals, damaged
+from .stream import Hello, Kind, Phase, Ready, Totals, damaged
 
 
 class PageReceiver:
-    """Receive guest memory from a PrecopySource.
+    """Receive guest memory from a PrecopySource, over one connection or, when it breaks, over several.
 
     Parameters
     ----------
@@ -27,71 +30,146 @@ class PageReceiver:
         The memory holds nothing but zeros, so that zero pages need no writing the first time.
     checksum : {"auto", "xxh3", "crc32", "none"}
         What this side takes; as of PrecopySource.
+    journal : Journal, optional
+        Where it is written down whose the guest is, so that a restarted process knows; by default in this object only.
     on_state : callable, optional
-        Called with (name, bytes) of each state.
+        Called with (name, bytes) of each state; again with a newer one, when the source had to go on.
+    on_prepare : callable, optional
+        Called before the source stops its devices: what takes long and can be done before, is done now.
     on_switch : callable, optional
-        Called when all memory is there, before the last acknowledgement: make ready to run.
+        Called when all memory is there, before the last acknowledgement: make ready to run.  Called again when the
+        source had to go on after that.
 
     Attributes
     ----------
-    complete : bool
-        All memory was received.  False after any failure: what is in memory then is of no use.
+    handover : DestinationHandover
+        ``handover.phase`` is how far it is, and whose the guest is.
     epoch : int
         Number of acknowledged epochs.
+    digest : bytes
+        SHA-256 of all memory, if the source asked for it.
 
     Notes
     -----
-    ``receive``, ``answer_verify``, ``await_release``.  Every frame is received whole and checked (checksum, order,
-    bounds, sizes, counts, duplicates) before memory is touched; without checksums, content is received into memory once
-    everything else was checked.  A failure is told to the source and raised:
-    ProtocolError (EPROTO) for a stream that is truncated or damaged, MigrationError for a source that went away.
+    ``receive``, then ``settle``; ``reconnect`` and the same again when the connection broke (``serve`` does that).
+    Every frame is received whole and checked (checksum, order, bounds, sizes, counts, duplicates) before memory is
+    touched; without checksums, content is received into memory once everything else was checked.  A failure is told to
+    the source and raised: ProtocolError (EPROTO) for a stream that is truncated or damaged, MigrationError for a source
+    that went away (ECONNRESET), is silent (ETIMEDOUT) or keeps the guest (ECANCELED).
     """
 
     def __init__(self, transport: Any, make_memory: Callable[[Hello], GuestMemory], *, fresh: bool = False,
-                 checksum: str = "auto",
+                 checksum: str = "auto", journal: Journal | None = None,
                  on_state: Callable[[str, bytes], object] | None = None,
+                 on_prepare: Callable[[], object] | None = None,
                  on_switch: Callable[[], object] | None = None) -> None:
-        self._channel = FrameChannel(transport)
         self._make_memory = make_memory
         self._fresh = fresh
         self._takes = stream.offer(checksum)
         self._boards: list[PageBoard] = []
         self._intakes: list[ChannelIntake] = []
         self._on_state = on_state or (lambda *_: None)
+        self._on_prepare = on_prepare or (lambda: None)
         self._on_switch = on_switch or (lambda: None)
+        self._hello: Hello | None = None
+        self.handover = DestinationHandover(journal or Journal())
         self.layout: MemoryLayout | None = None
-        self.complete = False
-        self.epoch = 0
-        self._state_bytes = 0
+        self.epoch = self._attempt = 0
+        self.digest = b""
+        self.reconnect(transport)
+
+    @property
+    def complete(self) -> bool:
+        """All memory was received, from a source that stands still."""
+        return self.handover.phase in (Phase.COMPLETE, Phase.OWNER)
+
+    def reconnect(self, transport: Any) -> None:
+        """Go on over another connection; ``receive`` or ``settle`` is next."""
+        self._channel = FrameChannel(transport)
+        self._greeted = False
 
     def receive(self) -> None:
         """Receive everything up to the final epoch, and acknowledge it."""
         with self._telling():
-            layout = self._receive_hello()
+            self._receive_hello()
+            layout = self.layout
+            if self.handover.phase is Phase.ABORTED or layout is None:
+                raise MigrationError(errno.ECANCELED, operation="receive", hint="the guest was given up here")
             while not self.complete:
                 final = self._receive_epoch(layout)
                 if final:
                     self._on_switch()
-                self._channel.send(Kind.ACK, stream.encode_totals(self._totals), epoch=self.epoch)
+                    self.handover.complete()
                 self.epoch += 1
-                self.complete = final
+                self._channel.send(Kind.ACK, stream.encode_totals(self._totals), epoch=self.epoch - 1)
 
-    def answer_verify(self) -> bytes:
-        """Wait for the source's request, and answer it with the SHA-256 of all memory, which is returned."""
-        with self._telling():
-            self._need_complete()
-            self._channel.receive(Kind.VERIFY)
-            assert self.layout is not None
-            digest = self.layout.digest()
-            self._channel.send(Kind.DIGEST, digest)
-            return digest
+    def settle(self) -> Phase:
+        """Answer the source until it is decided whose the guest is.
 
-    def await_release(self) -> None:
-        """Wait until the source has given the guest away; from here on it is ours."""
+        Returns
+        -------
+        Phase
+            OWNER: the guest is to run here.  ABORTED: it never will.
+        """
         with self._telling():
-            self._need_complete()
-            self._channel.receive(Kind.RUN)
-            self._channel.send(Kind.STARTED)
+            if self.handover.phase is Phase.RECEIVING:
+                raise error(errno.EINVAL, "settle", hint="the memory is not complete")
+            if not self._greeted:
+                self._receive_hello()
+            while self.handover.phase is Phase.COMPLETE:
+                header, _ = self._channel.receive(Kind.VERIFY, Kind.RUN, Kind.ABORT)
+                if header.kind is Kind.VERIFY:
+                    assert self.layout is not None
+                    self.digest = self.layout.digest()
+                    self._channel.send(Kind.DIGEST, self.digest)
+                elif header.kind is Kind.ABORT:
+                    self._abort()
+                else:
+                    # Only what is written down may be said.
+                    owner = self.handover.run() is Phase.OWNER
+                    self._channel.send(Kind.STARTED if owner else Kind.ABORTED)
+            return self.handover.phase
+
+    def serve(self, accept: Callable[[], Any], breaks: int = 8,
+              on_break: Callable[[VfioError], object] | None = None) -> Phase:
+        """Receive and settle, over as many connections as it takes.
+
+        Parameters
+        ----------
+        accept : callable
+            Returns the next connection's transport, which is closed here; raises MigrationError (ETIMEDOUT) when none
+            comes.
+        breaks : int
+            That may follow each other without an epoch between them.
+        on_break : callable, optional
+            Called with the error of each connection that broke.
+
+        Raises
+        ------
+        VfioError
+            Of the last connection, or of ``accept``.  Then the guest does not run here, and may be given by a later
+            connection still; ``handover.abort()`` makes sure that it never will.
+        """
+        left, epoch = breaks, self.epoch
+        try:
+            while True:
+                try:
+                    if self.handover.phase is Phase.RECEIVING or not self._greeted:
+                        self.receive()
+                    return self.settle()
+                except VfioError as exc:
+                    if self.handover.phase is Phase.OWNER:      # written down: the answer to it got lost
+                        return self.handover.phase
+                    left = breaks if self.epoch != epoch else left - 1
+                    epoch = self.epoch
+                    if self.handover.phase is Phase.ABORTED or left < 0:
+                        raise
+                    if on_break is not None:
+                        on_break(exc)
+                self._channel.close()       # the source is to notice as well
+                self.reconnect(accept())
+        finally:
+            self._channel.close()
 
     def close(self) -> None:
         """Let the memory go; idempotent."""
@@ -108,42 +186,71 @@ class PageReceiver:
 
     # Inside
 
-    def _receive_hello(self) -> MemoryLayout:
+    def _receive_hello(self) -> None:
+        """Take in a new stream, or the old one over a new connection, and say how far it is."""
         header, body = self._channel.receive(Kind.HELLO)
         hello = stream.decode_hello(body)
         if header.epoch:
             raise damaged("HELLO belongs to no epoch")
         checksum = stream.agree(hello.checksums, self._takes)
-        self.layout = MemoryLayout(self._make_memory(hello), hello.pgsize)
-        if self.layout.shape != hello.blocks:
-            raise damaged("the memory here has another shape than the source's")
-        self._boards = open_boards(self.layout, self._fresh)
-        self._channel.send(Kind.READY, stream.encode_ready(hello.stream_id, Ready(checksum)))
+        if self._hello is not None:
+            if not hello.resume or hello.blocks != self._hello.blocks or not hmac.compare_digest(
+                    hello.stream_id + hello.token, self._hello.stream_id + self._hello.token):
+                raise damaged("another stream has begun here")
+        elif not hello.resume and not self.handover.stream:
+            self._begin(hello)
+        elif not hello.resume or hello.stream_id.hex() != self.handover.stream:
+            raise damaged("there is no such stream here that could go on")
+        if self.handover.phase is Phase.COMPLETE and not hello.asks:
+            self.handover.receive()     # the source has run on: what is here is not all any more
+        self._channel.send(Kind.READY, stream.encode_ready(
+            hello.stream_id, Ready(checksum, phase=self.handover.phase, epochs=self.epoch)))
         self._channel.checksum = checksum
         self._intakes = [ChannelIntake(self._channel, self._boards, hello.pgsize)]
-        return self.layout
+        self._greeted = True
+
+    def _begin(self, hello: Hello) -> None:
+        layout = MemoryLayout(self._make_memory(hello), hello.pgsize)
+        if layout.shape != hello.blocks:
+            layout.close()
+            raise damaged("the memory here has another shape than the source's")
+        self.handover.begin(hello.stream_id.hex())
+        self.layout, self._hello = layout, hello
+        self._boards = open_boards(layout, self._fresh)
 
     def _receive_epoch(self, layout: MemoryLayout) -> bool:
         """Receive frames up to END; return whether it was the final one."""
-        if self.epoch > stream.MAX_EPOCH:
+        if max(self.epoch, self._attempt) > stream.MAX_EPOCH:
             raise damaged("too many epochs")
+        self._attempt += 1      # an epoch that broke comes again, with pages that were here before
+        self._state_bytes = 0
         final = False
 
         def control() -> Totals:
             nonlocal final
             while True:
-                header, body = self._channel.receive(Kind.STATE, Kind.PAGES, Kind.ZEROS, Kind.END)
+                header, body = self._channel.receive(Kind.STATE, Kind.PAGES, Kind.ZEROS, Kind.END, Kind.PREPARE,
+                                                     Kind.KEEPALIVE, Kind.ABORT)
+                if header.kind is Kind.KEEPALIVE:
+                    continue
+                if header.kind is Kind.ABORT:
+                    self._abort()
+                    raise MigrationError(errno.ECANCELED, operation="receive", hint="the source keeps the guest")
                 if header.epoch != self.epoch:
                     raise damaged(f"a frame of epoch {header.epoch} in epoch {self.epoch}")
                 if header.kind is Kind.END:
                     final = bool(header.flags & stream.FINAL)
                     return stream.decode_totals(body)
-                if header.kind is Kind.STATE:
+                if header.kind is Kind.PREPARE:
+                    self._on_prepare()
+                    self._channel.send(Kind.PREPARED, epoch=self.epoch)
+                elif header.kind is Kind.STATE:
                     self._receive_state(body)
                 else:
                     self._intakes[0].take(header, body)
 
-        self._totals = take_epoch(self._intakes, self.epoch, control)
+        self.handover.receive()
+        self._totals = take_epoch(self._intakes, self.epoch, self._attempt - 1, control)
         if not self.epoch and self._totals.pages + self._totals.zero_pages != layout.npages:
             raise damaged("the first epoch did not bring all memory")
         return final
@@ -154,9 +261,9 @@ class PageReceiver:
             raise damaged(f"states of more than {stream.MAX_STATES} bytes")
         self._on_state(*stream.decode_state(body))
 
-    def _need_complete(self) -> None:
-        if not self.complete:
-            raise VfioError(errno.EINVAL, operation="verify", hint="the memory is not complete")
+    def _abort(self) -> None:
+        self.handover.abort()
+        self._channel.send(Kind.ABORTED)
 
     @contextlib.contextmanager
     def _telling(self) -> Any:
@@ -164,7 +271,6 @@ class PageReceiver:
         try:
             yield
         except BaseException as exc:
-            self.complete = False
             with contextlib.suppress(OSError):
-                self._channel.send(Kind.ERROR, str(exc).encode()[:stream.LIMITS[Kind.ERROR]])
+                self._channel.send(Kind.ERROR, stream.encode_error(exc))
             raise

@@ -32,10 +32,11 @@ MAX_CHANNELS = 64
 FINAL = 1       #: flag of END: the devices are stopped, this was the last epoch
 COMPRESSED = 2  #: flag of PAGES: the content is compressed as READY said
 RESUME = 1      #: flag of HELLO: a stream that broke goes on
+ASK = 2         #: flag of HELLO, with RESUME: only to hear whose the guest is, or to give it again
 
 _HEADER = struct.Struct("<4sBBHIIQIIQI")
 HEADER_SIZE = _HEADER.size
-_CRC = struct.Struct("<I")
+_WORD = struct.Struct("<I")
 _HELLO = struct.Struct("<II16s16sIIHHI")
 _READY = struct.Struct("<16sIIHHI")
 _JOIN = struct.Struct("<16s16sHH")
@@ -59,6 +60,7 @@ class Kind(enum.IntEnum):
     BARRIER = 9     #: last of an epoch on a channel: its totals there
     PREPARE = 10    #: asks the destination to make ready for the last epoch
     ABORT = 11      #: the source keeps the guest for good
+    KEEPALIVE = 12  #: a paused source lives
     READY = 16      #: answers HELLO
     ACK = 17        #: answers END: everything up to here is in memory
     DIGEST = 18     #: answers VERIFY: SHA-256
@@ -66,7 +68,7 @@ class Kind(enum.IntEnum):
     JOINED = 20     #: answers JOIN
     PREPARED = 21   #: answers PREPARE
     ABORTED = 22    #: answers ABORT
-    ERROR = 31      #: the destination gives up; UTF-8 text
+    ERROR = 31      #: the destination gives this connection up: errno, and words in UTF-8
 
 
 #: Largest body of each kind, in bytes.
@@ -82,6 +84,7 @@ LIMITS = {
     Kind.BARRIER: _TOTALS.size,
     Kind.PREPARE: 0,
     Kind.ABORT: 0,
+    Kind.KEEPALIVE: 0,
     Kind.READY: _READY.size,
     Kind.ACK: _TOTALS.size,
     Kind.DIGEST: DIGEST_SIZE,
@@ -147,6 +150,7 @@ class Hello(NamedTuple):
     channels: int = 1                           #: connections that the source would use
     resume: bool = False
     epochs: int = 0                             #: acknowledged, as far as the source knows
+    asks: bool = False                          #: whose the guest is; no memory will come
 
 
 class Ready(NamedTuple):
@@ -216,7 +220,7 @@ def encode_header(header: Header) -> bytes:
     """Return the 44 bytes of a header."""
     packed = _HEADER.pack(MAGIC, VERSION, header.kind, header.block, header.flags, header.epoch, header.sequence,
                           header.nruns, header.length, header.body_sum, 0)
-    return packed[:-4] + _CRC.pack(zlib.crc32(packed[:-4]))
+    return packed[:-4] + _WORD.pack(zlib.crc32(packed[:-4]))
 
 
 def decode_header(data: bytes | bytearray | memoryview) -> Header:
@@ -251,7 +255,7 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
 def encode_hello(hello: Hello) -> bytes:
     """Return the body of HELLO."""
     return _HELLO.pack(hello.pgsize, len(hello.blocks), hello.stream_id, hello.token, hello.checksums,
-                       hello.compressions, hello.channels, RESUME if hello.resume else 0,
+                       hello.compressions, hello.channels, RESUME * hello.resume | ASK * hello.asks,
                        hello.epochs) + b"".join(_BLOCK.pack(*block) for block in hello.blocks)
 
 
@@ -264,7 +268,8 @@ def decode_hello(body: Any) -> Hello:
         raise damaged(f"a page size of {pgsize} bytes")
     if not 0 < count <= MAX_BLOCKS or len(body) != _HELLO.size + count * _BLOCK.size:
         raise damaged(f"HELLO announces {count} blocks in {len(body)} bytes")
-    if not 0 < channels <= MAX_CHANNELS or flags & ~RESUME or epochs > MAX_EPOCH + 1 or (epochs and not flags):
+    if (not 0 < channels <= MAX_CHANNELS or flags not in (0, RESUME, RESUME | ASK) or epochs > MAX_EPOCH + 1
+            or (epochs and not flags)):
         raise damaged(f"HELLO with {channels} channels, flags {flags:#x} and {epochs} epochs")
     blocks = tuple(_BLOCK.iter_unpack(body[_HELLO.size:]))
     end = 0
@@ -273,7 +278,7 @@ def decode_hello(body: Any) -> Hello:
             raise damaged(f"a block of {size:#x} bytes at {gpa:#x}")
         end = gpa + size
     return Hello(pgsize, stream_id, blocks, Checksum(checksums), token, Compression(compressions), channels,
-                 bool(flags), epochs)
+                 bool(flags), epochs, bool(flags & ASK))
 
 
 def encode_ready(stream_id: bytes, ready: Ready) -> bytes:
@@ -342,3 +347,16 @@ def decode_state(body: Any) -> tuple[str, bytes]:
         return bytes(body[2:2 + length]).decode(), bytes(body[2 + length:])
     except UnicodeDecodeError:
         raise damaged("the name of a STATE is not UTF-8") from None
+
+
+def encode_error(exc: BaseException) -> bytes:
+    """Return the body of ERROR."""
+    number = exc.errno if isinstance(exc, OSError) and exc.errno else errno.EIO
+    return _WORD.pack(number) + str(exc).encode(errors="replace")[:LIMITS[Kind.ERROR] - _WORD.size]
+
+
+def decode_error(body: Any) -> tuple[int, str]:
+    """Return errno and words of ERROR."""
+    if len(body) < _WORD.size:
+        raise damaged("ERROR is too short")
+    return _WORD.unpack_from(body)[0], f"the destination gave up: {bytes(body[_WORD.size:]).decode(errors='replace')}"

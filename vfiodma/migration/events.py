@@ -1,0 +1,81 @@
+"""What a migration tells while it runs."""
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """A chunk of pages went out."""
+
+    epoch: int
+    pages: int          #: done in this epoch, zero pages included
+    total: int          #: of this epoch
+
+
+@dataclass
+class Round:
+    """One epoch of the stream was acknowledged."""
+
+    epoch: int
+    pages: int                  #: sent with content
+    zero_pages: int             #: sent as runs only
+    bytes: int                  #: on the wire
+    seconds: float
+    dirty_pages: int            #: unique pages written meanwhile, which are left
+    bandwidth: float            #: bytes/s on the wire
+    predicted_downtime: float | None    #: seconds, if the devices had been stopped after it; None for the last
+    final: bool = False
+
+
+@dataclass
+class Stage:
+    """A part of the migration begins: "introduce", "rounds", "prepare", "stopped", "moved", "release", "given"."""
+
+    name: str
+
+
+@dataclass
+class Broken:
+    """The connection broke; what is in flight will be sent again."""
+
+    error: Exception
+
+
+@dataclass
+class Resumed:
+    """The stream goes on over another connection."""
+
+    epochs: int         #: that the destination has in memory
+    again: int          #: pages that were in flight and are pending again
+
+
+@dataclass
+class Throttled:
+    """The machine was told to slow down."""
+
+    share: float        #: of its speed that it gives up: 0 = none, 0.99 = nearly all
+
+
+@dataclass
+class MigrationResult:
+    """What a migration took; the last of its events."""
+
+    rounds: list[Round] = field(default_factory=list)
+    downtime: float = 0.0           #: seconds from stopping the devices to the destination's last acknowledgement
+    predicted_downtime: float = 0.0
+    converged: bool = True          #: False: max_rounds were over and the limit was out of reach
+    bytes: int = 0
+    seconds: float = 0.0
+    breaks: int = 0                 #: connections that were lost on the way
+
+
+Event = Progress | Round | Stage | Broken | Resumed | Throttled | MigrationResult
+
+
+def summary(event: Event) -> dict[str, Any]:
+    """Return an event as a dict for JSON, its kind under ``"event"``."""
+    from dataclasses import asdict
+
+    values = {name: value if isinstance(value, int | float | str | list | dict | None) else str(value)
+              for name, value in (asdict(event) if not isinstance(event, Broken) else {"error": event.error}).items()}
+    return {"event": type(event).__name__.lower(), **values}
