@@ -179,6 +179,8 @@ class MigratableDevice(Protocol):
     """A software device's part in its migration: its attribute ``migration``.
 
     VFIO keeps the state machine and the descriptors; a method that raises VfioError gives its errno to the user.
+    Optional: ``reinit()`` (asked in PRE_COPY: return True once when ``initial`` has to be read again), ``max_load``
+    (bytes of a state at most, more is ENOMEM; 64 MiB by default).
     """
 
     flags: int                          #: VFIO_MIGRATION_*: STOP_COPY, with P2P and PRE_COPY as they are supported

@@ -18,6 +18,7 @@ RESUMING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = (abi.VFIO_DEVICE_STATE_RESUMING,
 HAS_STOP_COPY, HAS_P2P, HAS_PRE_COPY = (abi.VFIO_MIGRATION_STOP_COPY, abi.VFIO_MIGRATION_P2P,
                                         abi.VFIO_MIGRATION_PRE_COPY)
 SAVING = (STOP_COPY, PRE_COPY, PRE_COPY_P2P)
+_MAX_LOAD = 64 << 20        # bytes that may be written to a device that does not say how many
 
 # What a device must support to have a state.
 NEEDS = {STOP: HAS_STOP_COPY, RUNNING: HAS_STOP_COPY, STOP_COPY: HAS_STOP_COPY, RESUMING: HAS_STOP_COPY,
@@ -66,16 +67,23 @@ class MigrationFile:
         self._migration = migration
         self._saving = state != RESUMING
         self._alive = True
-        self._ended = state == STOP_COPY        # nothing follows what is in `_data`
+        self._ended = False                     # nothing follows what is in `_data`
         self._data = bytearray()                # read: what is left; written: all of it
-        self._initial = 0                       # bytes of `_data` that are part of the initial ones
-        if state != RESUMING:
-            self._begin(state)
+        self._initial = 0                       # bytes of `_data` up to the end of the initial ones
+        self._reinit = False                    # those are not the first ones
+        if state == STOP_COPY:
+            self.stop_copy()
+        elif state != RESUMING:
+            self._data += migration.device.initial()
+            self._initial = len(self._data)
 
-    def _begin(self, state: int) -> None:
-        device = self._migration.device
-        self._data += device.final() if state == STOP_COPY else device.initial()
-        self._initial = 0 if state == STOP_COPY else len(self._data)
+    def _begin_anew(self) -> None:
+        """A device in PRE_COPY may have initial bytes again; users who don't ask for those take them for dirty ones."""
+        migration = self._migration
+        if not self._ended and getattr(migration.device, "reinit", bool)():
+            self._data += migration.device.initial()
+            if migration.precopy_v2:
+                self._initial, self._reinit = len(self._data), True
 
     def stop_copy(self) -> None:
         """PRE_COPY goes over into STOP_COPY on the same descriptor."""
@@ -103,6 +111,7 @@ class MigrationFile:
             self._check(True, "migration_read")
             if size < 0:
                 raise error(errno.EINVAL, "migration_read", size=size, hint="a negative size")
+            self._begin_anew()
             if not self._data and not self._ended:
                 self._data += self._migration.device.dirty()
                 if not self._data and size:
@@ -116,6 +125,9 @@ class MigrationFile:
         """Write."""
         with self._migration.lock:
             self._check(False, "migration_write")
+            most = getattr(self._migration.device, "max_load", _MAX_LOAD)
+            if len(self._data) + len(data) > most:
+                raise error(errno.ENOMEM, "migration_write", hint=f"the device's state has at most {most} bytes")
             self._data += data
             return len(data)
 
@@ -136,10 +148,11 @@ class MigrationFile:
             if migration.current not in (PRE_COPY, PRE_COPY_P2P):
                 raise error(errno.EINVAL, operation, hint="the device is not in PRE_COPY or PRE_COPY_P2P")
             self._check(True, operation)
+            self._begin_anew()
             dirty = len(self._data) - self._initial + migration.device.dirty_bytes()
             values |= {"initial_bytes": self._initial, "dirty_bytes": dirty}
             if migration.precopy_v2:
-                values["flags"] = 0             # these devices never begin anew
+                values["flags"] = abi.VFIO_PRECOPY_INFO_REINIT if self._reinit and self._initial else 0
         write_memory(arg, layout.pack(**values))
         return 0
 
@@ -168,7 +181,8 @@ class Migration:
     def set(self, target: int) -> MigrationFile | None:
         """Bring the device into a state, through those between; return the file of a new data descriptor.
 
-        Where an arc fails the device stays in the state before it; it is in ERROR when what was written is no state.
+        Where an arc fails the device stays in the state before it; it is in ERROR when what was written is no state, or
+        when it has stopped or begun and does not give its own.
         """
         file = None
         while self.current != target:
@@ -184,17 +198,25 @@ class Migration:
         if current == RESUMING:
             self._load()
         self.device.arc(current, following)
-        if current in SAVING and following in SAVING:
-            if following == STOP_COPY:
-                assert self._file is not None
-                self._file.stop_copy()
+        try:
+            if current in SAVING and following in SAVING:
+                if following == STOP_COPY:
+                    assert self._file is not None
+                    self._file.stop_copy()
+                return None
+            if current in SAVING:
+                self._end_file()
+            if following in SAVING or following == RESUMING:
+                self._file = MigrationFile(self, following)
+                return self._file
             return None
-        if current in SAVING:
-            self._end_file()
-        if following in SAVING or following == RESUMING:
-            self._file = MigrationFile(self, following)
-            return self._file
-        return None
+        except OSError:
+            self._fail()
+            raise
+
+    def _fail(self) -> None:
+        self.current = ERROR
+        self._end_file()
 
     def _load(self) -> None:
         """Have the device take over what was written; while that is not complete (EINVAL) it keeps resuming."""
@@ -203,8 +225,7 @@ class Migration:
             self.device.load(self._file.written())
         except OSError as exc:
             if exc.errno != errno.EINVAL:
-                self.current = ERROR
-                self._end_file()
+                self._fail()
             raise
         self._end_file()
 

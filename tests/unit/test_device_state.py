@@ -1,0 +1,257 @@
+"""The device side of a migration: order of the states, chunks, what is left, and what an error leaves behind."""
+import errno
+import itertools
+import struct
+
+import pytest
+from migrating_devices import Chip, addresses, finish, machine, send
+
+from vfiodma.devices import EduDevice, EduDriver
+from vfiodma.devices.migration import MigrationFlags, MigrationState
+from vfiodma.errors import InvalidArgumentError, MigrationError, ProtocolError, UnsupportedError
+from vfiodma.migration.device_group import LAST, PREFIX, DeviceSinks, DeviceStates
+from vfiodma.migration.device_state import DeviceStateSink, DeviceStateSource, Pending, StateSink, StateSource
+
+STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = list(MigrationState)[1:]
+ALL_FLAGS = [1, 3, 5, 7]
+
+
+def chips(count, flags=7, blocks=16, log=None):
+    return [Chip(address, blocks, flags, log) for address in addresses(count)]
+
+
+def states(devices):
+    return [device.migration.state for device in devices]
+
+
+# ---- the whole way
+
+@pytest.mark.parametrize("flags", ALL_FLAGS)
+@pytest.mark.parametrize("chunk", [1, 71, 1 << 20])
+def test_devices_move_while_they_change(flags, chunk):
+    here, there = chips(3, flags), chips(3, flags)
+    with machine(*here) as old, machine(*there) as new:
+        source = DeviceStates(old, peer_to_peer=bool(flags & 2), chunk=chunk)
+        sinks = DeviceSinks(new, peer_to_peer=False)
+        sinks.prepare()
+        source.start()
+        assert states(old) == [PRE_COPY if flags & 4 else RUNNING] * 3
+        for turn in range(4):
+            for number, chip in enumerate(here):
+                chip.poke(turn + number, 1000 * turn + number)
+            send(source, sinks)
+        here[1].poke(9, 77)
+        finish(source, sinks)
+        assert [chip.content() for chip in there] == [chip.content() for chip in here]
+        assert states(old) == [STOP_COPY] * 3 and states(new) == [RUNNING] * 3
+
+
+def test_both_satisfy_the_protocols():
+    with machine(*chips(1)) as [device]:
+        assert isinstance(DeviceStateSource(device), StateSource)
+        assert isinstance(DeviceStateSink(device), StateSink)
+
+
+# ---- the order
+
+@pytest.mark.parametrize("flags", [3, 7])
+def test_no_device_stops_before_all_are_quiesced(flags):
+    log = []
+    with machine(*chips(3, flags, log=log)) as devices:
+        source = DeviceStates(devices)
+        source.start()
+        source.quiesce()
+        quiesced = [index for index, (_, _, to) in enumerate(log) if to in (RUNNING_P2P, PRE_COPY_P2P)]
+        stopped = [index for index, (_, _, to) in enumerate(log) if to in (STOP, STOP_COPY)]
+        assert len(quiesced) == 3 and max(quiesced) < min(stopped)
+        source.resume()
+        assert states(devices) == [RUNNING] * 3
+
+
+@pytest.mark.parametrize("flags", [3, 7])
+def test_no_device_runs_again_before_all_answer(flags):
+    log = []
+    with machine(*chips(3, flags, log=log)) as devices:
+        source = DeviceStates(devices)
+        source.start()
+        source.quiesce()
+        log.clear()
+        source.resume()
+        answering = [index for index, (_, _, to) in enumerate(log) if to == RUNNING_P2P]
+        running = [index for index, (_, _, to) in enumerate(log) if to == RUNNING]
+        assert len(answering) == len(running) == 3 and max(answering) < min(running)
+
+
+def test_several_devices_need_p2p_unless_told_otherwise():
+    with machine(*chips(2), Chip("0000:00:11.0", flags=5)) as devices:
+        with pytest.raises(UnsupportedError, match="0000:00:11.0 can't be quiesced"):
+            DeviceStates(devices).preflight()
+        with pytest.raises(UnsupportedError):
+            DeviceStates(devices).start()
+        assert states(devices) == [RUNNING] * 3
+        assert DeviceStates(devices, peer_to_peer=False).preflight() == [7, 7, 5]
+        assert DeviceStates(devices[2:]).preflight() == [MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY]
+
+
+def test_what_can_not_be_migrated_is_refused_before_anything_changes():
+    chip, plain = chips(1)[0], EduDevice("0000:00:12.0")
+    with machine(chip, plain) as devices:
+        with pytest.raises(UnsupportedError, match="0000:00:12.0 can't be migrated") as caught:
+            DeviceStates(devices).start()
+        assert caught.value.errno == errno.EOPNOTSUPP and not chip.log
+        devices[0].migration.set_state(STOP)
+        with pytest.raises(MigrationError, match="is in STOP already") as caught:
+            DeviceStates(devices[:1]).preflight()
+        assert caught.value.errno == errno.EBUSY
+
+
+def test_names_are_unique_and_chunks_have_limits():
+    with machine(*chips(1)) as [device]:
+        with pytest.raises(InvalidArgumentError):
+            DeviceStates([device, device])
+        for chunk in (0, -1, (8 << 20) + 1):
+            with pytest.raises(InvalidArgumentError):
+                DeviceStates([device], chunk=chunk)
+        assert DeviceStates([DeviceStateSource(device, "net0")]).devices[0].name == "net0"
+
+
+# ---- what is left
+
+def test_pending_tells_initial_dirty_and_final_bytes():
+    chip, = chips(1)
+    with machine(chip) as [device]:
+        source = DeviceStates([device], chunk=100)
+        assert source.pending() == Pending(0, 0, chip.size())
+        source.start()
+        whole = 16 * 72
+        assert source.pending() == Pending(whole, 0, chip.size())
+        next(source.chunks())
+        assert source.pending().initial_bytes == whole - 100
+        chip.poke(3, 1)
+        assert source.pending()[:2] == (whole - 100, 72)
+        for _ in source.chunks():
+            pass
+        assert source.pending()[:2] == (0, 0)
+        source.resume()
+
+
+def test_initial_bytes_grow_again_when_a_device_begins_anew():
+    chip, other = chips(2)[0], Chip(addresses(1)[0])
+    with machine(chip) as [device], machine(other) as [target]:
+        source, sinks = DeviceStates([device], chunk=100), DeviceSinks([target])
+        sinks.prepare()
+        source.start()
+        send(source, sinks)
+        assert source.pending()[:2] == (0, 0)
+        chip.poke(2, 5)
+        chip.again = True
+        assert source.pending()[:2] == (16 * 72, 0)
+        send(source, sinks)
+        assert source.pending()[:2] == (0, 0)
+        finish(source, sinks)
+        assert other.content() == chip.content()
+
+
+def test_without_the_newer_interface_new_initial_bytes_are_dirty_ones():
+    chip, = chips(1)
+    with machine(chip, kernel="6.12") as [device]:
+        source = DeviceStates([device])
+        source.start()
+        for _ in source.chunks():
+            pass
+        chip.again = True
+        assert source.pending()[:2] == (0, 16 * 72)
+        source.resume()
+
+
+def test_an_older_kernel_does_not_tell_the_size():
+    with machine(*chips(2), kernel="6.1") as devices:
+        assert DeviceStates(devices).pending() == Pending(0, 0, None)
+
+
+def test_a_device_that_changes_all_the_time_does_not_hold_up_a_round():
+    chip, = chips(1)
+    with machine(chip) as [device]:
+        source = DeviceStates([device], chunk=64)
+        source.start()
+        total = 0
+        for turn, (_, chunk) in enumerate(source.chunks()):
+            chip.poke(turn % 16, turn)
+            total += len(chunk) - 16
+        assert total == 16 * 72
+        source.resume()
+
+
+# ---- the destination trusts nothing
+
+def recorded(chip):
+    with machine(chip) as [device]:
+        source = DeviceStates([device], chunk=500)
+        source.start()
+        frames = [(name, bytes(chunk)) for name, chunk in source.chunks()]
+        source.quiesce()
+        return frames + [(name, bytes(chunk)) for name, chunk in source.final_chunks()]
+
+
+def replay(frames, target):
+    with machine(target) as [device], DeviceSinks([device]) as sinks:
+        sinks.prepare()
+        for name, chunk in frames:
+            assert sinks.take(name, chunk)
+        sinks.load()
+        sinks.run()
+
+
+def test_frames_lost_repeated_or_exchanged_are_refused():
+    chip, = chips(1)
+    chip.poke(1, 1)
+    frames = recorded(chip)
+    assert len(frames) >= 4
+    for first, second in itertools.combinations(range(len(frames)), 2):
+        exchanged = list(frames)
+        exchanged[first], exchanged[second] = exchanged[second], exchanged[first]
+        with pytest.raises(ProtocolError):
+            replay(exchanged, Chip(chip.address))
+    for at in range(len(frames)):
+        with pytest.raises(ProtocolError):
+            replay(frames[:at] + frames[at + 1:], Chip(chip.address))
+        with pytest.raises(ProtocolError):
+            replay(frames[:at + 1] + frames[at:], Chip(chip.address))
+    target = Chip(chip.address)
+    replay(frames, target)
+    assert target.content() == chip.content()
+
+
+def test_a_header_of_another_kind_is_refused():
+    good = struct.pack("<BBHIQ", 1, 0, 0, 4, 0) + b"data"
+    bad = [b"", good[:15], b"\2" + good[1:], good[:1] + b"\2" + good[2:], good[:1] + bytes([LAST]) + good[2:],
+           good[:2] + b"\1" + good[3:], good + b"x", good[:-1], struct.pack("<BBHIQ", 1, 0, 0, 0, 0)]
+    with machine(*chips(1)) as [device], DeviceSinks([device], limit=7) as sinks:
+        sinks.prepare()
+        for data in bad:
+            with pytest.raises(ProtocolError):
+                sinks.take(PREFIX + device.address, data)
+        with pytest.raises(ProtocolError, match="there is no device"):
+            sinks.take(PREFIX + "0000:ff:00.0", good)
+        assert not sinks.take("address space", b"anything")
+        assert sinks.take(PREFIX + device.address, good)
+        with pytest.raises(ProtocolError, match="more than 7 bytes"):
+            sinks.take(PREFIX + device.address, struct.pack("<BBHIQ", 1, 0, 0, 4, 4) + b"data")
+
+
+# ---- a device with registers
+
+def test_an_edu_device_goes_on_at_the_destination():
+    address, = addresses(1)
+    with machine(EduDevice(address, migratable=True)) as [old], machine(EduDevice(address, migratable=True)) as [new]:
+        driver = EduDriver(old)
+        driver.factorial(5)
+        source, sinks = DeviceStates([old]), DeviceSinks([new])
+        sinks.prepare()
+        source.start()
+        send(source, sinks)
+        driver.invert(0x77)
+        finish(source, sinks)
+        assert new.regions[0].read_u32(0x08) == 120
+        assert new.regions[0].read_u32(0x04) == 0xFFFFFFFF ^ 0x77
+        assert new.config.bus_master
