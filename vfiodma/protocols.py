@@ -51,6 +51,19 @@ class SupportsVaddrUpdate(Protocol):
         """The same for an (n, 3) uint64 array of (iova, vaddr, size)."""
 
 
+class SupportsHandOver(Protocol):
+    """A container of the running kernel, which another process can take over with all of its mappings.
+
+    Its module has ``adopt(state, fds)``, the other half.
+    """
+
+    def hand_over(self) -> tuple[dict[str, Any], list[int]]:
+        """Return what adopt() in the other process needs: a description for JSON, and descriptors, which stay here."""
+
+    def let_go(self) -> None:
+        """Close the descriptors and nothing else: mappings, devices and interrupts live on in the other process."""
+
+
 class SupportsDirtyTracking(Protocol):
     """Feature "dirty": the container's own bitmap (VFIO_IOMMU_DIRTY_PAGES)."""
 

@@ -18,6 +18,7 @@ from ..errors import DmaLimitError, ForkedError, LockedMemoryError, MemoryFaultE
 from ..memory import GuestMemory
 from ..protocols import Backend
 from ..types import Capabilities, IovaRange, Mapping, Prot
+from .adopting import Adoptable
 from .arguments import TOP, check_prot, hold, last_of, number, place, release, table_of
 from .cost import Cost, cost_of, limit_hint
 from .fork import retire_in_child
@@ -31,7 +32,7 @@ from .vaddrs import invalidate_everything, restore, update_many
 EVERYWHERE = IovaRange(0, TOP)
 
 
-class IoAddressSpace:
+class IoAddressSpace(Adoptable):
     """An I/O address space of devices: what they see at which I/O virtual address.
 
     Parameters
@@ -518,10 +519,15 @@ class IoAddressSpace:
             self._listeners.remove(listener)
 
     @contextlib.contextmanager
-    def unchanged(self, operation: str = "unchanged") -> Iterator[None]:
-        """Keep mappings from coming or going meanwhile; other threads that change them wait, look-ups do not."""
+    def unchanged(self, operation: str = "unchanged", *, unpinned: bool = False) -> Iterator[None]:
+        """Keep mappings from coming or going meanwhile; other threads that change them wait, look-ups do not.
+
+        With ``unpinned`` nothing is pinned meanwhile either: BusyError (EBUSY) if something is now.
+        """
         with self._changed:
             self._check(operation)
+            if unpinned:
+                self._pins.wait(operation, 0, TOP, 0.0, self._check)
             yield
 
     def __len__(self) -> int:

@@ -205,6 +205,16 @@ class MappingTable:
 
     # Everything at once
 
+    def adopt(self, entries: Any, mmio: Any, keeper: Any) -> None:
+        """Fill an empty table from (n, 4) rows of iova, vaddr, size, prot, by iova, and a flag for device memory."""
+        import numpy as np
+
+        tags = entries[:, 3] | np.where(mmio, np.uint64(_MMIO), np.uint64(0))
+        self.translations.build(np.ascontiguousarray(entries[:, [0, 2, 1]]))
+        self.tags.build(np.column_stack((entries[:, 0], entries[:, 2], tags)))
+        self._reverse = None
+        self._keep_all(keeper)
+
     def copy_translations(self) -> RangeMap:
         """Return a copy of everything that is translated."""
         copy = RangeMap()
@@ -217,6 +227,15 @@ class MappingTable:
         self.translations.clear()
         self._reverse = None
         self._keep_all(None)
+
+    def forget_all(self) -> None:
+        """Empty the table and release every keeper."""
+        for part in (self.translations, self.invalid, self.tags):
+            part.clear()
+        self._reverse = None
+        old, self._keepers = self._keepers, {}
+        for kept, _ in old.values():
+            self._release(kept)
 
     def match_invalid(self, entries: Any) -> Any:
         """Return rows of iova, vaddr, size, by iova, if they are all the mappings and all of these are invalid."""

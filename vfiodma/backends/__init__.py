@@ -1,5 +1,6 @@
 """Backends: one module each, none imports another.  Only this file knows their names."""
 import importlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..protocols import Backend
@@ -23,6 +24,31 @@ def open_backend(name: str, **options: Any) -> Backend:
     Backend
         A new container; the caller closes it.
     """
+    return _module(name).open(**options)
+
+
+def adopt_backend(name: str, state: Mapping[str, Any], fds: Sequence[int]) -> Backend:
+    """Take over a container that another process opened, with its mappings.
+
+    Parameters
+    ----------
+    name : str
+        "type1" or "iommufd".
+    state, fds
+        What ``hand_over()`` of the container returned there; the descriptors belong to the container from now on, and
+        are closed should it fail.
+
+    Raises
+    ------
+    ProtocolError
+        EPROTO: they do not fit together.
+    VfioError
+        What the kernel says of descriptors that are none of VFIO's.
+    """
+    return _module(name).adopt(state, fds)
+
+
+def _module(name: str) -> Any:
     if name not in _MODULES:
         raise ValueError(f"there is no backend {name!r}; there are: {', '.join(_MODULES)}")
-    return importlib.import_module(f".{_MODULES[name]}", __name__).open(**options)
+    return importlib.import_module(f".{_MODULES[name]}", __name__)

@@ -3,7 +3,7 @@ import contextlib
 import ctypes
 import errno
 import resource
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from .._core.errno import error
@@ -120,6 +120,63 @@ class Type1Container(Type1Ioctls):
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def adopt(cls, state: Mapping[str, Any], fds: Sequence[int]) -> Self:
+        """Take over a container of the running kernel that another process opened, with its groups and mappings.
+
+        Parameters
+        ----------
+        state, fds
+            What :meth:`hand_over` returned there.  The descriptors belong to this object, and are closed on failure.
+
+        Notes
+        -----
+        Nothing is set up again and nothing is mapped: neither SET_CONTAINER nor SET_IOMMU.  Vaddrs are those of the
+        other process until update_vaddr(), which charges the locked memory to this process (ENOMEM over its limit).
+        """
+        container = cls.__new__(cls)
+        vfio = KernelVfio()
+        container._groups, container._members, container._held = {}, {}, []
+        opened = [Descriptor(vfio, fd) for fd in fds[1:]]
+        Type1Ioctls.__init__(container, vfio, fds[0] if fds else -1)
+        try:
+            paths, members, held = state["groups"], state["members"], state["held"]
+            if not paths or len(fds) != 1 + len(paths) + held:
+                raise ValueError
+            container._groups = dict(zip(map(str, paths), opened, strict=False))
+            container._held = opened[len(paths):]
+            container._members = {address: container._groups[path] for address, path in members.items()}
+            container.iommu_type, container.noiommu = int(state["iommu_type"]), False
+            container._take_limits(container.info())
+        except (KeyError, TypeError, ValueError, AttributeError):
+            container._close_all(opened)
+            raise error(errno.EPROTO, "adopt", hint="the description of the container does not fit its "
+                        f"{len(fds)} descriptors") from None
+        except BaseException:
+            container._close_all(opened)
+            raise
+        return container
+
+    def hand_over(self) -> tuple[dict[str, Any], list[int]]:
+        """Return what :meth:`adopt` in another process needs; the descriptors stay this container's.
+
+        Raises
+        ------
+        UnsupportedError
+            EOPNOTSUPP: a software container lives in this process; a no-IOMMU container has no mappings.
+        """
+        if not self.real or self.noiommu:
+            raise error(errno.EOPNOTSUPP, "hand_over", hint="a software IOMMU lives in its process: only a container "
+                        "of the running kernel, with an IOMMU, can be handed over")
+        paths = {id(group): path for path, group in self._groups.items()}
+        state = {"groups": list(self._groups), "members": {a: paths[id(g)] for a, g in self._members.items()},
+                 "held": len(self._held), "iommu_type": self.iommu_type}
+        return state, [self.fd, *(group.fd for group in self._groups.values()), *(held.fd for held in self._held)]
+
+    def let_go(self) -> None:
+        """Close every descriptor and unmap nothing: the process that adopted the container has it all.  Idempotent."""
+        self._close_all([*self._held, *self._groups.values()])
 
     def _join(self, path: str) -> None:
         group = self._groups[path] = Descriptor(self.system, self.system.open(path))
@@ -251,8 +308,11 @@ class Type1Container(Type1Ioctls):
                     self.unmap_all()
                 else:
                     self.unmap_dma(0, 1 << 63)
-        for opened in (*reversed(self._held), *reversed(self._groups.values())):
-            opened.close()
+        self._close_all([*reversed(self._held), *reversed(self._groups.values())])
+
+    def _close_all(self, opened: Iterable[Descriptor]) -> None:
+        for descriptor in opened:
+            descriptor.close()
         self._held.clear()
         self._groups.clear()
         self._members.clear()
@@ -266,3 +326,4 @@ class Type1Container(Type1Ioctls):
 
 
 open = Type1Container
+adopt = Type1Container.adopt

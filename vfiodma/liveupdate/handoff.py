@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ._core.errno import error
-from .address_space import IoAddressSpace
-from .memory import GuestMemory
+from .._core.errno import error
+from ..address_space import IoAddressSpace
+from ..memory import GuestMemory
 
 
 class HandoffTimes(NamedTuple):
@@ -30,6 +30,37 @@ class HandoffTimes(NamedTuple):
     def total(self) -> float:
         """From the first invalid vaddr to the last restored one."""
         return self.invalidate + self.remap + self.unmap + self.restore
+
+
+def find_places(memory: GuestMemory, mappings: Any) -> dict[int, Any]:
+    """Return, for each region's gpa, an (n, 4) array of iova, offset into the region, size, prot: what stays.
+
+    Raises
+    ------
+    UnsupportedError
+        EOPNOTSUPP: a region has no descriptor.
+    InvalidArgumentError
+        EINVAL: a mapping leads elsewhere.
+    """
+    import numpy as np
+
+    places, found = {}, 0
+    for gpa, region in memory:
+        offset = mappings[:, 1] - np.uint64(region.vaddr)       # wraps, and is too large, for what lies before
+        inside = (offset < np.uint64(region.size)) & (mappings[:, 2] <= np.uint64(region.size) - offset)
+        if not inside.any():
+            continue
+        if region.fd is None:
+            iova, _, size, _ = mappings[inside][0].tolist()
+            raise error(errno.EOPNOTSUPP, "invalidate_vaddr", iova, size,
+                        "anonymous memory can't be mapped a second time: use memfd, hugetlb or file memory")
+        places[gpa] = np.column_stack((mappings[inside, 0], offset[inside], mappings[inside, 2:]))
+        found += len(places[gpa])
+    if found != len(mappings):
+        known = np.concatenate([rows[:, 0] for rows in places.values()]) if places else mappings[:0, 0]
+        iova, _, size, _ = mappings[~np.isin(mappings[:, 0], known)][0].tolist()
+        raise error(errno.EINVAL, "invalidate_vaddr", iova, size, "the mapping leads to other memory")
+    return places
 
 
 class VaddrHandoff:
@@ -77,30 +108,7 @@ class VaddrHandoff:
                         "(VFIO_UPDATE_VADDR, and no emulated group)")
         self._ioas = ioas
         self.memory = memory
-        self._places = self._find_places(memory, ioas.to_array())
-
-    @staticmethod
-    def _find_places(memory: GuestMemory, mappings: Any) -> dict[int, Any]:
-        """Return, for each region's gpa, an (n, 3) array of iova, offset into the region, size: what stays."""
-        import numpy as np
-
-        places, found = {}, 0
-        for gpa, region in memory:
-            offset = mappings[:, 1] - np.uint64(region.vaddr)       # wraps, and is too large, for what lies before
-            inside = (offset < np.uint64(region.size)) & (mappings[:, 2] <= np.uint64(region.size) - offset)
-            if not inside.any():
-                continue
-            if region.fd is None:
-                iova, _, size, _ = mappings[inside][0].tolist()
-                raise error(errno.EOPNOTSUPP, "invalidate_vaddr", iova, size,
-                            "anonymous memory can't be mapped a second time: use memfd, hugetlb or file memory")
-            places[gpa] = np.column_stack((mappings[inside, 0], offset[inside], mappings[inside, 2]))
-            found += len(places[gpa])
-        if found != len(mappings):
-            known = np.concatenate([rows[:, 0] for rows in places.values()]) if places else mappings[:0, 0]
-            iova, _, size, _ = mappings[~np.isin(mappings[:, 0], known)][0].tolist()
-            raise error(errno.EINVAL, "invalidate_vaddr", iova, size, "the mapping leads to other memory")
-        return places
+        self._places = {gpa: rows[:, :3] for gpa, rows in find_places(memory, ioas.to_array()).items()}
 
     def invalidate(self) -> int:
         """Declare every vaddr invalid; return the bytes."""

@@ -1,0 +1,162 @@
+"""Two processes, one address space: whichever is killed, and wherever, exactly one has the mappings or none is left."""
+import json
+import os
+import signal
+import socket
+import traceback
+
+import pytest
+from shared_container import SharedContainer
+
+from vfiodma import GuestMemory, IoAddressSpace
+from vfiodma.errors import VfioError
+from vfiodma.liveupdate import UpdateOffer, UpdateTaker
+from vfiodma.liveupdate.packets import Link
+
+PAGE = 4096
+MAPPINGS = 6
+
+
+class Killer:
+    """Ends this process before its n-th step: a socket call, or a change of the container."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def step(self):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def install(self, container=SharedContainer):
+        container.step = staticmethod(self.step)
+        inner = Link._try
+
+        def traced(link, deadline, call):
+            self.step()
+            return inner(link, deadline, call)
+        Link._try = traced
+
+
+def fork(body, *arguments):
+    """Run a function in a child; return its pid and a pipe with its JSON answer."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(write)
+        return pid, read
+    status = 1
+    try:
+        os.close(read)
+        os.write(write, json.dumps(body(*arguments)).encode())
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def answer(child):
+    pid, read = child
+    with os.fdopen(read, "rb") as pipe:
+        data = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    return (json.loads(data) if data else None), os.waitstatus_to_exitcode(status)
+
+
+def owns(ioas, memory, container):
+    """Whether every mapping is this process's, and leads to the bytes it led to at first."""
+    rows = container.rows()
+    good = len(rows) == len(ioas) == MAPPINGS
+    for at, (iova, vaddr, size, _, valid, owner) in enumerate(rows):
+        good &= bool(valid) and owner == os.getpid() and size == PAGE and ioas.translate(iova) == vaddr
+        good &= ioas.read(iova, 8) == at.to_bytes(8, "little") and memory.read(at * PAGE, 8) == at.to_bytes(8, "little")
+    return good
+
+
+def old_process(sock, other, kill, timeout):
+    other.close()
+    container = SharedContainer()
+    memory = GuestMemory.memfd(16 * PAGE)
+    ioas = IoAddressSpace(container)
+    for at in range(MAPPINGS):
+        memory.write(at * PAGE, at.to_bytes(8, "little"))
+        ioas.map(memory, 0x100000 + at * 3 * PAGE, offset=at * PAGE, size=PAGE)
+    if kill:
+        Killer(kill).install()
+    try:
+        times = UpdateOffer(sock, ioas, memory, freeze=lambda: b"last words", timeout=timeout).hand_over()
+    except VfioError as exc:
+        SharedContainer.step = staticmethod(lambda: None)
+        return {"handed over": False, "owner": owns(ioas, memory, container), "error": str(exc)}
+    return {"handed over": True, "mappings": times.mappings, "closed": ioas.closed}
+
+
+def new_process(sock, other, kill, timeout):
+    other.close()
+    if kill:
+        Killer(kill).install()
+    held = set(os.listdir("/proc/self/fd"))
+    try:
+        taken = UpdateTaker(sock, timeout=timeout, adopt=SharedContainer.adopt).take_over()
+    except VfioError as exc:
+        return {"taken": False, "error": str(exc), "leaked": len(set(os.listdir("/proc/self/fd")) - held)}
+    return {"taken": True, "owner": owns(taken.ioas, taken.memory, taken.ioas.backend), "state": taken.state.decode()}
+
+
+def run(kill_old=0, kill_new=0, timeout=5.0):
+    one, other = socket.socketpair()
+    old = fork(old_process, one, other, kill_old, timeout)
+    new = fork(new_process, other, one, kill_new, timeout)
+    one.close()
+    other.close()
+    return *answer(old), *answer(new)
+
+
+def test_everything_goes_to_the_new_process():
+    old, _, new, _ = run()
+    assert old == {"handed over": True, "mappings": MAPPINGS, "closed": True}
+    assert new == {"taken": True, "owner": True, "state": "last words"}
+
+
+def test_a_new_process_killed_at_any_step_leaves_the_old_one_as_it_was(record_property):
+    after = 0
+    for at in range(1, 200):
+        old, status, new, killed = run(kill_new=at)
+        if killed == 0:
+            break
+        assert killed == -signal.SIGKILL and status == 0, (at, old, status)
+        # It may die once it has taken everything: then it was the owner, and nobody is left.
+        after += old["handed over"]
+        assert old["handed over"] or old["owner"], (at, old)
+        assert not (after and not old["handed over"]), "handed over early, then not any more"
+    record_property("steps", at - 1)
+    assert at > 2 * MAPPINGS and after <= 3
+
+
+def test_an_old_process_killed_at_any_step_leaves_one_owner_or_a_new_process_that_says_so(record_property):
+    taken = 0
+    for at in range(1, 200):
+        old, killed, new, status = run(kill_old=at)
+        if killed == 0:
+            break
+        assert killed == -signal.SIGKILL and status == 0, (at, new, status)
+        if new["taken"]:
+            taken += 1
+            assert new["owner"], (at, new)
+        else:
+            assert not taken, "taken early, then not any more"
+            assert not new["leaked"], (at, new)
+    record_property("steps", at - 1)
+    assert at > 8 and taken
+
+
+@pytest.mark.parametrize("side", ["old", "new"])
+def test_a_process_without_a_peer_gives_up(side):
+    one, other = socket.socketpair()
+    other.close()
+    with one:
+        child = fork(old_process if side == "old" else new_process, one, other, 0, 0.5)
+        result, status = answer(child)
+    assert status == 0
+    assert result["owner"] if side == "old" else not result["taken"]
