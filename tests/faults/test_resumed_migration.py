@@ -116,7 +116,7 @@ def migrate(line, memory, machine, events, journal=None):
             if isinstance(event, Broken) and "resume" in machine.calls:
                 write()         # the guest runs on after a failed switch-over
 
-        with PrecopySource(line.connect(), downtime_limit=1e-9, max_rounds=ROUNDS, reconnect=line.connect,
+        with PrecopySource(line.connect(), downtime_limit=1e-9, max_rounds=ROUNDS, connect=line.connect,
                            reconnect_timeout=10, on_event=on_event, journal=journal) as source:
             for _ in range(50):
                 try:

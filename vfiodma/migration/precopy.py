@@ -67,7 +67,7 @@ class PrecopySource:
     checksum : {"auto", "xxh3", "crc32", "none"}
         What protects the bytes on their way: by default xxh3 where both sides have the library ``xxhash``, else CRC-32.
         "none" must be asked for on both sides, and is for transports that protect bytes themselves.
-    reconnect : callable, optional
+    connect : callable, optional
         Returns another transport to the same destination, or raises MigrationError when it can't yet.  With it, a
         connection that breaks costs the epoch that was in flight, and no more; devices run on meanwhile.
     reconnect_timeout : float
@@ -92,15 +92,15 @@ class PrecopySource:
     """
 
     def __init__(self, transport: Any, *, downtime_limit: float = 0.3, max_rounds: int = 16,
-                 checksum: str = "auto", reconnect: Callable[[], Any] | None = None, reconnect_timeout: float = 30.0,
+                 checksum: str = "auto", connect: Callable[[], Any] | None = None, reconnect_timeout: float = 30.0,
                  journal: Journal | None = None, on_event: Callable[[Event], object] | None = None) -> None:
         if downtime_limit <= 0 or max_rounds < 1 or reconnect_timeout < 0:
             raise error(errno.EINVAL, "migrate", hint="downtime_limit is above 0, max_rounds at least 1, "
                         "reconnect_timeout not negative")
         self._channel = FrameChannel(transport)
         self._offer = stream.offer(checksum)
-        self._reconnect, self._reconnect_timeout = reconnect, reconnect_timeout
-        self._opened: list[Any] = []        # transports of reconnect()
+        self._connect, self._reconnect_timeout = connect, reconnect_timeout
+        self._opened: list[Any] = []        # transports of connect()
         self._journal = journal or Journal()
         self._on_event = on_event or (lambda _: None)
         self.convergence = Convergence(downtime_limit, max_rounds)
@@ -214,7 +214,7 @@ class PrecopySource:
         Parameters
         ----------
         transport : Transport, optional
-            To the destination; closed by the caller.  By default ``reconnect`` makes one.
+            To the destination; closed by the caller.  By default ``connect`` makes one.
         """
         if self.handover.state is not SourceState.COMMITTING:
             raise error(errno.EINVAL, "settle", hint=f"there is no doubt: the guest is {self.handover.state.name} here")
@@ -249,7 +249,7 @@ class PrecopySource:
         self._running.set()
 
     def close(self) -> None:
-        """Close the connections that ``reconnect`` opened; idempotent."""
+        """Close the connections that ``connect`` opened; idempotent."""
         while self._opened:
             self._opened.pop().close()
 
@@ -363,7 +363,7 @@ class PrecopySource:
 
     def _connections(self, failure: MigrationError) -> Iterator[None]:
         """A new connection for each turn, until the time is over: then the failure is raised."""
-        if self._reconnect is None:
+        if self._connect is None:
             raise failure
         until, wait = time.monotonic() + self._reconnect_timeout, _BACKOFF[0]
         self._channel.close()       # the destination is to notice as well
@@ -371,7 +371,7 @@ class PrecopySource:
             if self.handover.state is SourceState.RUNNING:
                 self._check_cancel()
             with contextlib.suppress(VfioError):
-                transport = self._reconnect()
+                transport = self._connect()
                 self.close()
                 self._opened.append(transport)
                 self._connected(transport)
@@ -384,7 +384,7 @@ class PrecopySource:
     def _go_on(self, failure: MigrationError, result: MigrationResult) -> None:
         """Get a connection again after a failure in a round, and put the ledger right."""
         assert self.ledger is not None
-        if self._reconnect is None or not _curable(failure):
+        if self._connect is None or not _curable(failure):
             raise failure
         result.breaks += 1
         self._on_event(Broken(failure))
