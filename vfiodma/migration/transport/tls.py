@@ -86,7 +86,7 @@ class TlsTransport(PolledTransport):
         return bool(self._tls.pending() or self._poll("receive", self._tls.fileno(), select.POLLIN))
 
     def _lost(self, exc: OSError, doing: str) -> OSError:
-        if isinstance(exc, ssl.SSLEOFError):
+        if isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError):
             exc = ConnectionResetError()
         if not isinstance(exc, ssl.SSLError):
             return super()._lost(exc, doing)
