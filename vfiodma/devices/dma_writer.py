@@ -1,5 +1,4 @@
 """A software device that writes into memory all the time, at a set rate, over a working set."""
-import json
 import threading
 import time
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ import numpy as np
 
 from ..errors import ClosedError
 from ..protocols import DmaPort
+from .dma_writer_migration import DmaWriterMigration
 
 _TICK = 0.005               # seconds between batches
 _MAX_ROWS = 1024            # of a batch
@@ -17,10 +17,19 @@ _STEP = 512                 # blocks begin at multiples of this
 _ZERO_EVERY = 8             # one block of so many is zeros, a whole page
 
 
+def _mixed(seed: int, numbers: Any) -> Any:
+    """Return 64 random-looking bits for each number (u64), the same ones each time."""
+    bits = (numbers + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ bits >> np.uint64(shift)) * np.uint64(factor)
+    return bits ^ bits >> np.uint64(31)
+
+
 class DmaWriter:
     """A device without registers whose only work is DMA: blocks of ``block`` bytes at random places of its working set.
 
-    Every block has a number of its own in its first 8 bytes; one in eight is a page of zeros.
+    Every block has its number in its first 8 bytes, except that one in eight is a page of zeros.  Place and content of
+    a block follow from ``seed`` and its number, so that a device that was migrated goes on as if nothing had been.
 
     Parameters
     ----------
@@ -38,7 +47,11 @@ class DmaWriter:
     Attributes
     ----------
     writes, bytes_written, faulted : int
-        Blocks and bytes since the device was made, and blocks that faulted.
+        Blocks and bytes since the device was made or reset, and blocks that faulted.
+    started : bool
+        It writes whenever its migration state lets it.
+    migration : DmaWriterMigration
+        All states of VFIO migration.
 
     Notes
     -----
@@ -52,17 +65,26 @@ class DmaWriter:
         self.working_set = list(working_set)
         self.rate = rate
         self.block = block
-        self._seed = seed
+        self.seed = seed
+        self.writes = self.faulted = 0
+        self.started = False
+        self.migration = DmaWriterMigration(self)
+        self._held = False
         self._port: DmaPort | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        self.reset()
+        self._lock = threading.RLock()      # of what starts and ends the thread
 
     def reset(self) -> None:
-        """Begin again with the seed."""
-        self._random = np.random.default_rng(self._seed)
-        self.writes = self.bytes_written = self.faulted = 0
+        """Stop, and begin again with the first block."""
+        self.stop()
+        self.writes = self.faulted = 0
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all blocks."""
+        return self.writes * self.block
 
     def connect(self, port: DmaPort) -> None:
         """Take the way to memory."""
@@ -92,7 +114,12 @@ class DmaWriter:
         """Begin to write."""
         if self._port is None:
             raise ClosedError(9, operation="start", hint="the device is not open")
-        if self._thread is None:
+        with self._lock:
+            self.started = True
+            self._go()
+
+    def _go(self) -> None:
+        if self.started and not self._held and self._thread is None and self._port is not None:
             self._stop.clear()
             self._thread = threading.Thread(target=self._run, name=f"DMA of {self.address}", daemon=True)
             self._thread.start()
@@ -101,29 +128,37 @@ class DmaWriter:
         """Ask it to stop; ``stop`` waits for it."""
         self._stop.set()
 
-    def stop(self) -> None:
-        """Return when no DMA is under way and none will follow; raise what ended the thread, if something did."""
+    def _end(self) -> None:
         thread, self._thread = self._thread, None
         if thread is not None:
             self.halt()
             thread.join()
-        if self._error is not None:
-            failure, self._error = self._error, None
-            raise failure
+
+    def stop(self) -> None:
+        """Return when no DMA is under way and none will follow; raise what ended the thread, if something did."""
+        with self._lock:
+            self.started = False
+            self._end()
+            if self._error is not None:
+                failure, self._error = self._error, None
+                raise failure
+
+    def hold(self, held: bool) -> None:
+        """Stand still, or go on if it was started: what its migration asks for."""
+        with self._lock:
+            self._held = held
+            if held:
+                self._end()
+            else:
+                self._go()
 
     def state(self) -> bytes:
         """Return what another device needs to go on where this one stopped; call it after ``stop``."""
-        return json.dumps({"working_set": self.working_set, "rate": self.rate, "block": self.block,
-                           "writes": self.writes, "bytes_written": self.bytes_written,
-                           "random": self._random.bit_generator.state}).encode()
+        return self.migration.whole()
 
     def set_state(self, state: bytes) -> None:
-        """Take over what ``state`` returned."""
-        values = json.loads(state)
-        self.working_set = [(iova, size) for iova, size in values["working_set"]]
-        self.rate, self.block = values["rate"], values["block"]
-        self.writes, self.bytes_written = values["writes"], values["bytes_written"]
-        self._random.bit_generator.state = values["random"]
+        """Take over what ``state`` returned; errors as of ``migration.load``."""
+        self.migration.load(state)
 
     def _run(self) -> None:
         try:
@@ -131,13 +166,42 @@ class DmaWriter:
         except Exception as exc:        # told by stop()
             self._error = exc
 
-    def _write_batches(self) -> None:
-        port: Any = self._port
+    def blocks(self, first: int, count: int) -> tuple[Any, Any]:
+        """Return the iovas (u64) and the contents (u8, a row each) of blocks by number."""
+        return self._pattern()(first, count)
+
+    def _pattern(self) -> Any:
+        """Return the function behind ``blocks``; its results are good until the next call."""
         starts = np.array([iova for iova, _ in self.working_set], np.uint64)
         # Places where a block fits, by range; `ends` numbers them through.
         places = np.array([max(0, size - self.block) // _STEP + 1 for _, size in self.working_set], np.int64)
-        ends = np.cumsum(places)
-        rows = self._random.integers(0, 256, (_MAX_ROWS, self.block), np.uint8)
+        ends, seed = np.cumsum(places), self.seed
+        total, before = np.uint64(ends[-1]), ends - places
+        rows = np.random.default_rng(seed).integers(0, 256, (_MAX_ROWS, self.block), np.uint8)
+        batch = np.empty_like(rows)
+
+        def make(first: int, count: int) -> tuple[Any, Any]:
+            numbers = np.arange(first, first + count, dtype=np.uint64)
+            bits = _mixed(seed, numbers)
+            place = (bits % total).astype(np.int64)
+            index = np.searchsorted(ends, place, "right")
+            iovas = starts[index] + ((place - before[index]) * _STEP).astype(np.uint64)
+            out, at = batch[:count], first % _MAX_ROWS
+            # Each block has other bytes all over, not just another number.
+            masks = ((bits >> np.uint64(32)) % np.uint64(255)).astype(np.uint8)[:, None] + np.uint8(1)
+            split = min(count, _MAX_ROWS - at)
+            np.bitwise_xor(rows[at:at + split], masks[:split], out=out[:split])
+            np.bitwise_xor(rows[:count - split], masks[split:], out=out[split:])
+            out[:, :8] = numbers.astype("<u8").view(np.uint8).reshape(count, 8)
+            zeros = slice(-first % _ZERO_EVERY, None, _ZERO_EVERY)
+            iovas[zeros] &= ~np.uint64(_PAGE - 1)
+            out[zeros] = 0
+            return iovas, out
+        return make
+
+    def _write_batches(self) -> None:
+        port: Any = self._port
+        make = self._pattern()
         began, done = time.perf_counter(), 0
         while not self._stop.wait(_TICK):
             # What the rate owes by now; a device that fell behind (a busy CPU) does not catch up beyond one batch.
@@ -146,16 +210,5 @@ class DmaWriter:
             if count <= 0:
                 continue
             done += owed
-            place = self._random.integers(0, int(ends[-1]), count)
-            index = np.searchsorted(ends, place, "right")
-            iovas = starts[index] + ((place - (ends - places)[index]) * _STEP).astype(np.uint64)
-            batch = rows[:count]
-            batch[:, :8] = np.arange(self.writes, self.writes + count, dtype="<u8").view(np.uint8).reshape(count, 8)
-            # Each batch has other bytes all over, not just other numbers.
-            batch ^= self._random.integers(1, 256, dtype=np.uint8)
-            iovas[::_ZERO_EVERY] &= ~np.uint64(_PAGE - 1)
-            kept, batch[::_ZERO_EVERY] = batch[::_ZERO_EVERY].copy(), 0
-            self.faulted += port.write_many(iovas, batch)
-            batch[::_ZERO_EVERY] = kept
+            self.faulted += port.write_many(*make(self.writes, count))
             self.writes += count
-            self.bytes_written += count * self.block

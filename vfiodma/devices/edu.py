@@ -2,21 +2,18 @@
 import struct
 import threading
 
-from ..errors import MemoryFaultError
 from .edu_config import EduConfig
+from .edu_dma import EduDma
 from .edu_migration import EduMigration
 
 _BAR, _CONFIG = 0, 7
 _BAR_SIZE = 1 << 20
-_BUFFER_AT, _BUFFER_SIZE = 0x40000, 4096
 _INTX, _MSI = 0, 1
 
 _IDENTIFICATION, _LIVENESS, _FACTORIAL, _STATUS = 0x00, 0x04, 0x08, 0x20
 _IRQ_STATUS, _IRQ_RAISE, _IRQ_ACK = 0x24, 0x60, 0x64
-_DMA_SOURCE, _DMA_TARGET, _DMA_COUNT, _DMA_COMMAND = 0x80, 0x88, 0x90, 0x98
 _VERSION = 0x010000ED
 _IRQ_AFTER_FACTORIAL = 0x80                     # of the status; 0x01 (computing) is never seen: it is done at once
-_RUN, _TO_MEMORY, _IRQ_AFTER_DMA = 1, 2, 4      # of the DMA command
 _FACTORIAL_IRQ, _DMA_IRQ = 0x001, 0x100
 _ONES = 0xFFFFFFFFFFFFFFFF
 
@@ -32,6 +29,8 @@ class EduDevice:
         Addresses that its DMA engine can reach.
     migratable : bool
         It can be migrated (STOP_COPY, P2P, PRE_COPY), logs its DMA, and can be reset.
+    transfer_time : float
+        Seconds that a DMA transfer takes (QEMU's: 0.1); 0 = it is done when the command's write returns.
     reset_scope : hashable, optional
         Devices of equal scope are reset together by a hot reset; None: it is not possible.
 
@@ -40,29 +39,33 @@ class EduDevice:
     can_reset : bool
         Whether VFIO_DEVICE_RESET works; as in QEMU it does not, unless the device is migratable.
     migration : EduMigration or None
+        What it has to do when it is migrated: with a transfer under way, interrupts that are due, its buffer.
     dma_logging : bool
+    quiet, stopped : bool
+        It does no DMA; it sends no interrupts either.
 
     Notes
     -----
     BAR 0, little-endian: 0x00 identification, 0x04 answers the inverse of what was written, 0x08 factorial, 0x20
     status, 0x24/0x60/0x64 interrupt status, raise, acknowledge; 0x80 DMA source, 0x88 target, 0x90 count, 0x98 command
     (bit 0 run, bit 1 from the device's 4 KiB buffer at 0x40000 to memory, bit 2 interrupt at the end).  Accesses have 4
-    bytes, from 0x80 on also 8; others read 0 and write nothing.  DMA needs bus mastering, is done when the command's
-    write returns (while the device is stopped: when it runs again), and moves nothing past a fault.  Interrupts are an
-    MSI when that is enabled, else INTx.  Source: QEMU's docs/specs/edu.
+    bytes, from 0x80 on also 8; others read 0 and write nothing.  DMA needs bus mastering, waits while the device is
+    quiet, and moves nothing past a fault.  Interrupts are an MSI when that is enabled, else INTx.
+    Source: QEMU's docs/specs/edu.
     """
 
-    def __init__(self, address, dma_mask=(1 << 28) - 1, *, migratable=False, reset_scope=None):
+    def __init__(self, address, dma_mask=(1 << 28) - 1, *, migratable=False, reset_scope=None,
+                 transfer_time=0.0):
         self.address = address
         self.port = None
         self.can_reset = self.dma_logging = migratable
         self.reset_scope = reset_scope
         self.migration = EduMigration(self) if migratable else None
-        self.stopped = False            # no DMA and no interrupts of its own
+        self.quiet = self.stopped = False
         self.lock = threading.RLock()   # of the registers
-        self._mask = dma_mask
         self._irqs = None
         self._config = EduConfig(_BAR_SIZE)
+        self._dma = EduDma(self, dma_mask, transfer_time)
         self.reset()
 
     def reset(self):
@@ -73,10 +76,19 @@ class EduDevice:
             self._factorial = 0
             self._status = 0
             self._irq_status = 0
-            self._dma = {_DMA_SOURCE: 0, _DMA_TARGET: 0, _DMA_COUNT: 0, _DMA_COMMAND: 0}
-            self.buffer = bytearray(_BUFFER_SIZE)
-            self.changes = 0            # of what migrates
+            self._due = False           # an interrupt that came while it was stopped
+            self._dma.reset()
             self._update_irq()
+
+    @property
+    def buffer(self):
+        """The 4 KiB that DMA moves from and to."""
+        return self._dma.buffer
+
+    @property
+    def bus_master(self):
+        """Whether it may do DMA and send MSIs."""
+        return self._config.bus_master
 
     # ---- what VFIO asks
 
@@ -112,7 +124,7 @@ class EduDevice:
             if size != 4 and (size != 8 or offset < 0x80):
                 return self._wrong_size(offset, size)
             value = {_IDENTIFICATION: _VERSION, _LIVENESS: self._liveness, _FACTORIAL: self._factorial,
-                     _STATUS: self._status, _IRQ_STATUS: self._irq_status, **self._dma}.get(offset, _ONES)
+                     _STATUS: self._status, _IRQ_STATUS: self._irq_status, **self._dma.registers}.get(offset, _ONES)
             return value.to_bytes(8, "little")[:size]
 
     @staticmethod
@@ -128,7 +140,6 @@ class EduDevice:
                 self._write(offset, int.from_bytes(data, "little"))
 
     def _write(self, offset, value):
-        self.changes += 1
         if offset == _LIVENESS:
             self._liveness = ~value & 0xFFFFFFFF
         elif offset == _FACTORIAL:
@@ -140,12 +151,8 @@ class EduDevice:
         elif offset == _IRQ_ACK:
             self._irq_status &= ~value
             self._update_irq(fresh=False)
-        elif offset == _DMA_COMMAND and not value & _RUN:
-            pass
-        elif offset in self._dma and not self._dma[_DMA_COMMAND] & _RUN:
-            self._dma[offset] = value
-            if offset == _DMA_COMMAND:
-                self.run_dma()
+        elif offset in self._dma.registers:
+            self._dma.write(offset, value)
 
     def _compute(self, number):
         result = 1
@@ -166,58 +173,46 @@ class EduDevice:
 
     def _update_irq(self, fresh=True):
         """Bring the interrupt in line with its status; an MSI is sent for a fresh reason only."""
-        if self._irqs is None:
-            return
-        if self._msi_enabled():
-            if fresh and self._irq_status and self._config.bus_master:
+        if self.stopped:
+            self._due = self._due or fresh
+        elif self._irqs is None:
+            pass
+        elif self._msi_enabled():
+            if fresh and self._irq_status and self.bus_master:
                 self._irqs.trigger(_MSI)
         elif not self._irq_status:
             self._irqs.lower()
         elif fresh:
             self._irqs.trigger(_INTX)
 
-    # ---- DMA
+    def dma_ended(self):
+        """A transfer that was to interrupt has ended."""
+        self._raise(_DMA_IRQ)
 
-    def run_dma(self):
-        """Do the DMA that the command register asks for, unless the device is stopped."""
-        command = self._dma[_DMA_COMMAND]
-        if not command & _RUN or self.stopped:
-            return
-        self._dma[_DMA_COMMAND] &= ~_RUN
-        self._move(bool(command & _TO_MEMORY))
-        if command & _IRQ_AFTER_DMA:
-            self._raise(_DMA_IRQ)
+    # ---- migration
 
-    def _move(self, to_memory):
-        source, target, count = self._dma[_DMA_SOURCE], self._dma[_DMA_TARGET], self._dma[_DMA_COUNT]
-        iova, at = (target, source) if to_memory else (source, target)
-        at -= _BUFFER_AT
-        if not self._config.bus_master or self.port is None or not 0 <= at <= _BUFFER_SIZE - count:
-            return
-        self.changes += 1
-        # The IOMMU records a fault; the device can't tell: a write goes nowhere, a read returns zeros.
-        try:
-            if to_memory:
-                self.port.write(iova & self._mask, self.buffer[at:at + count])
-            else:
-                self.buffer[at:at + count] = bytes(count)
-                self.buffer[at:at + count] = self.port.read(iova & self._mask, count)
-        except MemoryFaultError:
-            pass
+    def halt(self, *, quiet, stopped):
+        """Do no DMA, send no interrupts; or go on with what was held up."""
+        with self.lock:
+            awakes = self.stopped and not stopped
+            self.quiet, self.stopped = quiet, stopped
+            if awakes:
+                due, self._due = self._due, False
+                self._update_irq(fresh=bool(self._irq_status) and (due or not self._msi_enabled()))
+            self._dma.run()
 
-    # ---- state that migrates, besides the buffer
+    _STATE = struct.Struct("<IIIIB")
 
-    _STATE = struct.Struct("<IIIIQQQQ")
+    def state(self):
+        """Return registers, DMA engine and configuration space as bytes of their own."""
+        registers = self._STATE.pack(self._liveness, self._factorial, self._status, self._irq_status, self._due)
+        return registers, self._dma.state(), self._config.state()
 
-    def registers(self):
-        """Return the registers as bytes."""
-        return self._STATE.pack(self._liveness, self._factorial, self._status, self._irq_status,
-                                *self._dma.values()) + self._config.state()
-
-    def set_registers(self, data):
-        """Take over what ``registers`` of another device returned."""
-        values = self._STATE.unpack_from(data)
-        self._liveness, self._factorial, self._status, self._irq_status = values[:4]
-        self._dma = dict(zip(self._dma, values[4:], strict=True))
-        self._config.set_state(data[self._STATE.size:])
-        self._update_irq(fresh=not self._msi_enabled())
+    def set_state(self, registers, dma, config, buffer):
+        """Take over what ``state`` of another device returned, and its buffer; EIO where that can't be."""
+        self._dma.check_state(dma)
+        self._liveness, self._factorial, self._status, self._irq_status, due = self._STATE.unpack(registers)
+        self._due = bool(due)
+        self._dma.set_state(dma)
+        self._dma.buffer[:] = buffer
+        self._config.set_state(config)

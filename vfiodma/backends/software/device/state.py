@@ -112,8 +112,6 @@ class DeviceState:
         self.ioeventfds.close()
         self.irqs.close()
         self.watch.close()
-        if self.migration is not None:
-            self.migration.close()
         self.leave_low_power()
 
 
@@ -129,7 +127,10 @@ def open_device(group: Any, device: SoftwareDevice, port: DmaPort) -> None:
 
 def close_device(group: Any, device: SoftwareDevice) -> None:
     """Its last descriptor is gone."""
+    state = group.states.pop(device.address)
     try:
-        group.states.pop(device.address).close()
+        state.close()
     finally:
         device.disconnect()
+        if state.migration is not None:     # it runs again, but does no DMA any more
+            state.migration.close()
