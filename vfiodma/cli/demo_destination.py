@@ -122,8 +122,7 @@ class Destination:
         for device in self.writers.devices:
             if device.address not in self._states:
                 raise error(errno.EPROTO, "migration_stream", hint=f"the state of {device.address} did not come")
-            with understanding(device.address):
-                device.set_state(self._states[device.address])
+            device.set_state(self._states[device.address])
 
     def close(self) -> None:
         """Let everything go."""
