@@ -4,11 +4,14 @@ import sys
 
 from ..errors import MissingExtraError, VfioError
 
-# Command -> (module, function).  The function's signature and docstring are the command's options and help.
-COMMANDS = {
+# Command -> (module, function), or a group of such.  The function's signature and docstring are the command's options
+# and help.
+COMMANDS: "dict[str, tuple[str, str] | dict[str, tuple[str, str]]]" = {
     "demo": ("demo", "demo"),
     "probe": ("probe", "probe"),
 }
+#: What a group of commands is for.
+HELP: dict[str, str] = {}
 
 
 def _app(names):
@@ -16,13 +19,21 @@ def _app(names):
         import typer
     except ImportError:
         raise MissingExtraError("typer", "cli") from None
-    app = typer.Typer(name="vfiodma", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                      help="DMA mapping and live migration over VFIO.")
-    for name in names:
-        module, function = COMMANDS[name]
-        app.command(name)(getattr(importlib.import_module(f".{module}", __name__), function))
-    app.callback()(lambda: None)        # a lone command still has to be named
-    return app
+    options = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
+
+    def fill(app, commands):
+        for name, target in commands.items():
+            if isinstance(target, dict):
+                group = typer.Typer(**options)
+                fill(group, target)
+                app.add_typer(group, name=name, help=HELP[name])
+            else:
+                app.command(name)(getattr(importlib.import_module(f".{target[0]}", __name__), target[1]))
+        app.callback()(lambda: None)        # a lone command still has to be named
+        return app
+
+    app = typer.Typer(name="vfiodma", help="DMA mapping and live migration over VFIO.", **options)
+    return fill(app, {name: COMMANDS[name] for name in names})
 
 
 def main() -> None:
