@@ -62,6 +62,12 @@ class Replay:
     def close(self):
         pass
 
+    def wait_readable(self, timeout=None):
+        return True
+
+    def interrupt(self, receiving=True, sending=True):
+        pass
+
 
 class LogTracker:
     """A tracker over one dirty log."""

@@ -12,14 +12,17 @@ from .._core.errno import error
 from ..errors import HandoverError, MigrationError, VfioError
 from ..memory import GuestMemory
 from . import stream
+from .bandwidth import BandwidthLimit
 from .channel import FrameChannel, gave_up
+from .compression import offer as offer_compression
 from .convergence import Convergence, Step
 from .events import Broken, Event, MigrationResult, Progress, Resumed, Round, Stage
 from .handover import Journal, SourceHandover, SourceState
+from .joining import close_channels, connect_channels
 from .layout import MemoryLayout
 from .ledger import Ledger
 from .sender import PageSender
-from .stream import Hello, Kind, Phase, Ready
+from .stream import Compression, Hello, Kind, Phase, Ready
 
 _KEEPALIVE = 1.0            # seconds between signs of life while paused
 _BACKOFF = 0.05, 2.0        # seconds between attempts to connect again: the first, the longest
@@ -67,6 +70,12 @@ class PrecopySource:
     checksum : {"auto", "xxh3", "crc32", "none"}
         What protects the bytes on their way: by default xxh3 where both sides have the library ``xxhash``, else CRC-32.
         "none" must be asked for on both sides, and is for transports that protect bytes themselves.
+    compression : {"none", "auto", "zstd", "lz4"}
+        Of pages, where it pays; none as well where the destination does not have it.
+    channels : int
+        Connections that pages go over, if the destination takes as many; more than one need ``connect``.
+    bandwidth_limit : float, optional
+        Bytes/s of all channels; ``limit.rate`` changes it at any time.
     connect : callable, optional
         Returns another transport to the same destination, or raises MigrationError when it can't yet.  With it, a
         connection that breaks costs the epoch that was in flight, and no more; devices run on meanwhile.
@@ -92,13 +101,22 @@ class PrecopySource:
     """
 
     def __init__(self, transport: Any, *, downtime_limit: float = 0.3, max_rounds: int = 16,
-                 checksum: str = "auto", connect: Callable[[], Any] | None = None, reconnect_timeout: float = 30.0,
+                 checksum: str = "auto", compression: str = "none", channels: int = 1,
+                 bandwidth_limit: float | None = None, connect: Callable[[], Any] | None = None,
+                 reconnect_timeout: float = 30.0,
                  journal: Journal | None = None, on_event: Callable[[Event], object] | None = None) -> None:
         if downtime_limit <= 0 or max_rounds < 1 or reconnect_timeout < 0:
             raise error(errno.EINVAL, "migrate", hint="downtime_limit is above 0, max_rounds at least 1, "
                         "reconnect_timeout not negative")
+        if not 1 <= channels <= stream.MAX_CHANNELS or (channels > 1 and connect is None):
+            raise error(errno.EINVAL, "migrate", hint=f"channels is 1 ... {stream.MAX_CHANNELS}; more than one need "
+                        "`connect`")
         self._channel = FrameChannel(transport)
         self._offer = stream.offer(checksum)
+        self._compressions, self._compression = offer_compression(compression), Compression.NONE
+        self._channels = channels
+        self._further: list[FrameChannel] = []
+        self.limit = BandwidthLimit(bandwidth_limit)
         self._connect, self._reconnect_timeout = connect, reconnect_timeout
         self._opened: list[Any] = []        # transports of connect()
         self._journal = journal or Journal()
@@ -118,7 +136,8 @@ class PrecopySource:
         """Tell the destination what will come, so that it can get memory ready."""
         with MemoryLayout(memory, pgsize) as layout, self._failing("introduce"):
             self._on_event(Stage("introduce"))
-            hello = Hello(pgsize, os.urandom(16), layout.shape, self._offer, os.urandom(16))
+            hello = Hello(pgsize, os.urandom(16), layout.shape, self._offer, os.urandom(16), self._compressions,
+                          self._channels)
             self.handover = SourceHandover(self._journal, hello.stream_id.hex())
             self._greet(hello)
             self._hello = hello
@@ -171,7 +190,7 @@ class PrecopySource:
             raise
         finally:
             tracker.stop()
-        result.bytes, result.seconds = self._bytes + self._channel.bytes_sent, time.perf_counter() - began
+        result.bytes, result.seconds = self._bytes + self._sent(), time.perf_counter() - began
         self._on_event(Stage("moved"))
         return result
 
@@ -250,6 +269,7 @@ class PrecopySource:
 
     def close(self) -> None:
         """Close the connections that ``connect`` opened; idempotent."""
+        close_channels(self._further)
         while self._opened:
             self._opened.pop().close()
 
@@ -266,7 +286,9 @@ class PrecopySource:
         """Rounds with running devices, up to the decision to stop them."""
         # A tracker that compares memory with what was sent must be told what that was.
         note_sent = getattr(tracker, "note_sent", None) if getattr(tracker, "compares", False) else None
-        self._sender = PageSender([self._channel], layout, note_sent=note_sent, on_progress=self._on_chunk)
+        self._sender = PageSender([self._channel, *self._further], layout, compression=self._compression,
+                                  limit=self.limit, stop=self._cancelled.is_set, hold=self._is_paused,
+                                  note_sent=note_sent, on_progress=self._on_chunk)
         self._on_event(Stage("rounds"))
         prepared, step = False, Step.CONTINUE
         while step is Step.CONTINUE:
@@ -302,7 +324,7 @@ class PrecopySource:
     def _round(self, layout: MemoryLayout, tracker: Tracker | None, states: Mapping[str, bytes]) -> Round:
         """Send everything pending as one epoch; without a tracker nothing runs, and it is the last one."""
         assert self.ledger is not None and self._sender is not None
-        began, before, epoch = time.perf_counter(), self._channel.bytes_sent, self._epoch
+        began, before, epoch = time.perf_counter(), self._sent(), self._epoch
         for name, data in states.items():
             self._channel.send(Kind.STATE, stream.encode_state(name, data), epoch=epoch)
         totals = self._sender.send(self.ledger.take(), epoch)
@@ -315,7 +337,7 @@ class PrecopySource:
         acked = time.perf_counter()
         if tracker is not None:
             tracker.harvest(self.ledger.pending)
-        nbytes, seconds = self._channel.bytes_sent - before, acked - began
+        nbytes, seconds = self._sent() - before, acked - began
         dirty = self.ledger.pending.count()
         if tracker is not None:
             self.convergence.observe(nbytes, seconds, time.perf_counter() - sent, dirty * layout.pgsize)
@@ -328,10 +350,13 @@ class PrecopySource:
 
     def _check(self) -> None:
         """Wait while paused, showing life to the destination; MigrationError (ECANCELED) when cancelled."""
-        if not self._running.is_set() and self.handover.state is SourceState.RUNNING:
+        if self._is_paused():
             while not self._running.wait(_KEEPALIVE):
                 self._channel.send(Kind.KEEPALIVE)
         self._check_cancel()
+
+    def _is_paused(self) -> bool:
+        return not self._running.is_set() and self.handover.state is SourceState.RUNNING
 
     def _check_cancel(self) -> None:
         if self._cancelled.is_set():
@@ -348,12 +373,19 @@ class PrecopySource:
     def _greet(self, hello: Hello) -> Ready:
         self._channel.send(Kind.HELLO, stream.encode_hello(hello))
         ready = stream.decode_ready(self._channel.answer(Kind.READY)[1], hello)
-        self._channel.checksum = ready.checksum
+        self._channel.checksum, self._compression = ready.checksum, ready.compression
+        if self._connect is not None:
+            self._further = connect_channels(self._connect, hello, ready)
         return ready
 
     def _connected(self, transport: Any) -> None:
-        self._bytes += self._channel.bytes_sent
-        self._channel = FrameChannel(transport)
+        self._bytes += self._sent()
+        close_channels(self._further)
+        self._channel, self._further = FrameChannel(transport), []
+
+    def _sent(self) -> int:
+        """Bytes sent over the connections that are open."""
+        return sum(channel.bytes_sent for channel in (self._channel, *self._further))
 
     def _again(self) -> Ready:
         """Greet the destination over a new connection, and compare what both know."""
@@ -366,7 +398,7 @@ class PrecopySource:
         if self._connect is None:
             raise failure
         until, wait = time.monotonic() + self._reconnect_timeout, _BACKOFF[0]
-        self._channel.close()       # the destination is to notice as well
+        close_channels([self._channel, *self._further])     # the destination is to notice as well
         while True:
             if self.handover.state is SourceState.RUNNING:
                 self._check_cancel()
@@ -475,8 +507,12 @@ class PrecopySource:
             yield
         except VfioError as exc:
             if exc.errno in (errno.ECONNRESET, errno.EPIPE):
+                told = None
                 with contextlib.suppress(VfioError):
-                    raise gave_up(self._channel.receive(Kind.ERROR)[1]) from exc
+                    self._channel.transport.interrupt(receiving=False)     # it may still wait for more
+                    told = gave_up(self._channel.receive(Kind.ERROR)[1])
+                if told is not None:
+                    raise told from exc
             if isinstance(exc, MigrationError):
                 raise
             raise MigrationError(exc.errno, exc.strerror, operation=exc.operation or operation, iova=exc.iova,

@@ -11,8 +11,11 @@ from ..errors import MigrationError, VfioError
 from ..memory import GuestMemory
 from . import stream
 from .channel import FrameChannel
+from .compression import agree as agree_on_compression
+from .compression import offer as offer_compression
 from .handover import DestinationHandover, Journal
 from .intake import ChannelIntake, open_boards, take_epoch
+from .joining import accept_channels, close_channels
 from .layout import MemoryLayout
 from .stream import Hello, Kind, Phase, Ready, Totals, damaged
 
@@ -30,6 +33,12 @@ class PageReceiver:
         The memory holds nothing but zeros, so that zero pages need no writing the first time.
     checksum : {"auto", "xxh3", "crc32", "none"}
         What this side takes; as of PrecopySource.
+    compression : {"auto", "none", "zstd", "lz4"}
+        What this side takes: by default all of which the library is installed.
+    accept : callable, optional
+        Called with seconds; returns the next connection, for further channels: ``Listener.accept``.
+    channels : int
+        Channels that this side takes, at most; one without ``accept``.
     journal : Journal, optional
         Where it is written down whose the guest is, so that a restarted process knows; by default in this object only.
     on_state : callable, optional
@@ -59,13 +68,18 @@ class PageReceiver:
     """
 
     def __init__(self, transport: Any, make_memory: Callable[[Hello], GuestMemory], *, fresh: bool = False,
-                 checksum: str = "auto", journal: Journal | None = None,
+                 checksum: str = "auto", compression: str = "auto",
+                 accept: Callable[[float], Any] | None = None, channels: int = 8, journal: Journal | None = None,
                  on_state: Callable[[str, bytes], object] | None = None,
                  on_prepare: Callable[[], object] | None = None,
                  on_switch: Callable[[], object] | None = None) -> None:
         self._make_memory = make_memory
         self._fresh = fresh
         self._takes = stream.offer(checksum)
+        self._compressions = offer_compression(compression)
+        self._accept = accept
+        self._most_channels = channels if accept else 1
+        self._further: list[FrameChannel] = []
         self._boards: list[PageBoard] = []
         self._intakes: list[ChannelIntake] = []
         self._on_state = on_state or (lambda *_: None)
@@ -85,6 +99,7 @@ class PageReceiver:
 
     def reconnect(self, transport: Any) -> None:
         """Go on over another connection; ``receive`` or ``settle`` is next."""
+        close_channels(self._further)
         self._channel = FrameChannel(transport)
         self._greeted = False
 
@@ -172,7 +187,8 @@ class PageReceiver:
             self._channel.close()
 
     def close(self) -> None:
-        """Let the memory go; idempotent."""
+        """Let the memory go, and close further channels; idempotent."""
+        close_channels(self._further)
         for board in self._boards:
             board.release()
         if self.layout is not None:
@@ -203,10 +219,14 @@ class PageReceiver:
             raise damaged("there is no such stream here that could go on")
         if self.handover.phase is Phase.COMPLETE and not hello.asks:
             self.handover.receive()     # the source has run on: what is here is not all any more
-        self._channel.send(Kind.READY, stream.encode_ready(
-            hello.stream_id, Ready(checksum, phase=self.handover.phase, epochs=self.epoch)))
+        ready = Ready(checksum, agree_on_compression(hello.compressions, self._compressions),
+                      1 if hello.asks else min(hello.channels, self._most_channels), self.handover.phase, self.epoch)
+        self._channel.send(Kind.READY, stream.encode_ready(hello.stream_id, ready))
         self._channel.checksum = checksum
-        self._intakes = [ChannelIntake(self._channel, self._boards, hello.pgsize)]
+        if self._accept is not None:
+            self._further = accept_channels(self._accept, self._channel.transport, hello, ready)
+        self._intakes = [ChannelIntake(channel, self._boards, hello.pgsize, ready.compression)
+                         for channel in (self._channel, *self._further)]
         self._greeted = True
 
     def _begin(self, hello: Hello) -> None:

@@ -1,6 +1,7 @@
 """One epoch's dirty pages, as frames on one or several channels."""
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ _STAGE_BYTES = 2 << 20
 _PORTION_CHUNKS = 4
 #: Bits of a bitmap that are looked at in one go: bounds the memory of their runs.
 _SLICE_BITS = 1 << 22
+_NAP = 0.02     # seconds between looks at a pause
 
 
 class PageSender:
@@ -45,6 +47,9 @@ class PageSender:
     stop : callable, optional
         Asked before each frame, by several threads; once it returns true, every channel stops between two frames, and
         ``send`` raises MigrationError (ECANCELED).
+    hold : callable, optional
+        Asked like ``stop``: while it returns true, no further channel sends anything.  The first one is held up by
+        ``on_progress``.
     note_sent : callable, optional
         Told (block, runs, bytes) of everything that is sent, zero pages included: ``DirtyTracker.note_sent``.
     on_progress : callable, optional
@@ -60,13 +65,14 @@ class PageSender:
 
     def __init__(self, channels: Sequence[FrameChannel], layout: MemoryLayout, *,
                  compression: Compression = Compression.NONE, limit: BandwidthLimit | None = None,
-                 stop: Callable[[], bool] | None = None,
+                 stop: Callable[[], bool] | None = None, hold: Callable[[], bool] | None = None,
                  note_sent: Callable[[int, Any, Any], object] | None = None,
                  on_progress: Callable[[int, int, int], object] | None = None) -> None:
         self.channels = channels
         self.layout = layout
         self.limit = limit or BandwidthLimit()
         self._stop = stop or (lambda: False)
+        self._hold = hold or (lambda: False)
         self._on_progress = on_progress or (lambda *_: None)
         self._lock = threading.Lock()
         self._failed = False
@@ -103,13 +109,16 @@ class PageSender:
 
     def _give_up(self, exc: BaseException) -> None:
         self._failed = True
-        if not isinstance(exc, _Stopped):       # then all stop by themselves, between frames
+        if getattr(exc, "errno", None) != errno.ECANCELED:      # else all stop by themselves, between frames
             self.interrupt()
 
-    def check(self) -> None:
-        """Raise where this epoch is not to be sent any more."""
-        if self._failed or self._stop():
-            raise _Stopped(errno.ECANCELED, operation="migrate", hint="the migration was cancelled")
+    def check(self, first: bool) -> None:
+        """Raise where this epoch is not to be sent any more; wait while a further channel is to be still."""
+        while not self._failed and not self._stop():
+            if first or not self._hold():
+                return
+            time.sleep(_NAP)
+        raise MigrationError(errno.ECANCELED, operation="migrate", hint="it was cancelled; the guest runs on here")
 
     def add_done(self, pages: int) -> None:
         """Count pages that were sent."""
@@ -144,10 +153,6 @@ class PageSender:
         return take
 
 
-class _Stopped(MigrationError):
-    """Somebody wants no more pages to be sent."""
-
-
 class _ChannelSender:
     """What one channel, and its thread, needs to send pages."""
 
@@ -166,6 +171,7 @@ class _ChannelSender:
         self._stage: Any = None if self._direct else np.empty(size, np.uint8)
         self._zeros = bytes(size) if note_sent else b""
         self._first = channel is owner.channels[0]
+        self._check = partial(owner.check, self._first)
 
     def send(self, portions: "Callable[[], tuple[Block, Runs] | None]", epoch: int,
              on_progress: Callable[[], object] = lambda: None) -> Totals:
@@ -176,7 +182,7 @@ class _ChannelSender:
                 totals = Totals(*map(sum, zip(totals, sent, strict=True)))
                 self._owner.add_done(sent.pages + sent.zero_pages)
                 on_progress()
-        self._owner.check()
+        self._check()
         if not self._first:
             self._channel.send(Kind.BARRIER, stream.encode_totals(totals), epoch=epoch)
         return totals
@@ -220,9 +226,9 @@ class _ChannelSender:
 
     def _send_runs(self, kind: Kind, block: Block, runs: "Runs", epoch: int, content: Sequence[Any] = (),
                    flags: int = 0) -> None:
-        self._owner.check()
+        self._check()
         self._owner.limit.spend(HEADER_SIZE + len(runs) * RUN_SIZE + sum(memoryview(part).nbytes for part in content),
-                                self._owner.check)
+                                self._check)
         # Little-endian on every machine; no copy where it is already.
         self._channel.send(kind, runs.astype("<u8", copy=False), content=content, block=block.number, epoch=epoch,
                            nruns=len(runs), flags=flags)

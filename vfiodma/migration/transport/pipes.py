@@ -58,8 +58,8 @@ class PipeTransport(PolledTransport):
     def _receive_some(self, views: list[memoryview]) -> int:
         return self._when_ready("receive", self._read_fd, lambda: os.readv(self._read_fd, views))
 
-    def _wait_readable(self) -> bool:
-        return bool(self._poll("receive", self._read_fd, select.POLLIN))
+    def _wait_readable(self, timeout: float) -> bool:
+        return bool(self._poll("receive", self._read_fd, select.POLLIN, timeout))
 
     def close(self) -> None:
         """Close both descriptors; idempotent."""

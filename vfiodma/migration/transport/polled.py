@@ -28,18 +28,18 @@ class PolledTransport(ByteTransport):
                 event = select.POLLIN
             except ssl.SSLWantWriteError:
                 event = select.POLLOUT
-            ready = self._poll(doing, fd, event)
+            ready = self._poll(doing, fd, event, self.timeout)
             if not ready:
                 raise TimeoutError
             if self._wakers[doing] in ready:
                 raise BrokenPipeError
 
-    def _poll(self, doing: str, fd: int, event: int) -> dict[int, int]:
+    def _poll(self, doing: str, fd: int, event: int, timeout: float) -> dict[int, int]:
         """Return the descriptors that are ready, that of a wake-up among them; none after the time-out."""
         poll = select.poll()
         poll.register(fd, event)
         poll.register(self._wakers[doing], select.POLLIN)
-        return dict(poll.poll(self.timeout * 1e3))
+        return dict(poll.poll(timeout * 1e3))
 
     def _wake(self, receiving: bool, sending: bool) -> None:
         for doing, stop in (("receive", receiving), ("send", sending)):

@@ -26,8 +26,8 @@ class Transport(Protocol):
     def receive_parts(self, views: Sequence[memoryview]) -> None:
         """Fill all views, one after another."""
 
-    def wait_readable(self) -> bool:
-        """Wait until there is something to receive, its end included; False where nothing came within the time-out."""
+    def wait_readable(self, timeout: float | None = None) -> bool:
+        """Wait until there is something to receive, the end included; False where nothing came in time (seconds)."""
 
     def interrupt(self, *, receiving: bool = True, sending: bool = True) -> None:
         """From any thread: nothing is received, or sent, any more; who does or tries to gets ECANCELED.  Idempotent."""
@@ -73,9 +73,9 @@ class ByteTransport:
         """Fill all views."""
         self._move(views, "receive")
 
-    def wait_readable(self) -> bool:
-        """Wait until there is something to receive, its end included; False where nothing came within the time-out."""
-        return "receive" in self._stopped or self._wait_readable()
+    def wait_readable(self, timeout: float | None = None) -> bool:
+        """Wait until there is something to receive, the end included; False where nothing came in time (seconds)."""
+        return "receive" in self._stopped or self._wait_readable(self.timeout if timeout is None else timeout)
 
     def interrupt(self, *, receiving: bool = True, sending: bool = True) -> None:
         """From any thread: nothing is received, or sent, any more; who does or tries to gets ECANCELED.  Idempotent."""
@@ -123,7 +123,7 @@ class ByteTransport:
     def _receive_some(self, views: list[memoryview]) -> int:
         raise NotImplementedError
 
-    def _wait_readable(self) -> bool:
+    def _wait_readable(self, timeout: float) -> bool:
         raise NotImplementedError
 
     def _wake(self, receiving: bool, sending: bool) -> None:
@@ -168,10 +168,10 @@ class SocketTransport(ByteTransport):
     def _receive_some(self, views: list[memoryview]) -> int:
         return self._sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
 
-    def _wait_readable(self) -> bool:
+    def _wait_readable(self, timeout: float) -> bool:
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(self.timeout * 1e3))
+        return bool(poll.poll(timeout * 1e3))
 
     def _wake(self, receiving: bool, sending: bool) -> None:
         how = socket.SHUT_RDWR if receiving and sending else socket.SHUT_RD if receiving else socket.SHUT_WR

@@ -82,8 +82,8 @@ class TlsTransport(PolledTransport):
     def _receive_some(self, views: list[memoryview]) -> int:
         return self._when_ready("receive", self._tls.fileno(), lambda: self._tls.recv_into(views[0]))
 
-    def _wait_readable(self) -> bool:
-        return bool(self._tls.pending() or self._poll("receive", self._tls.fileno(), select.POLLIN))
+    def _wait_readable(self, timeout: float) -> bool:
+        return bool(self._tls.pending() or self._poll("receive", self._tls.fileno(), select.POLLIN, timeout))
 
     def _lost(self, exc: OSError, doing: str) -> OSError:
         if isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError):
