@@ -54,7 +54,8 @@ class SupportsVaddrUpdate(Protocol):
 class SupportsHandOver(Protocol):
     """A container of the running kernel, which another process can take over with all of its mappings.
 
-    Its module has ``adopt(state, fds)``, the other half.
+    Its module has ``adopt(state, fds)``, the other half.  Optional: ``change_process()`` (mappings made by file, which
+    have no vaddr: move the charge to this process), ``note_areas(entries)`` (be told of the mappings adopted).
     """
 
     def hand_over(self) -> tuple[dict[str, Any], list[int]]:
@@ -62,6 +63,13 @@ class SupportsHandOver(Protocol):
 
     def let_go(self) -> None:
         """Close the descriptors and nothing else: mappings, devices and interrupts live on in the other process."""
+
+
+class SupportsMapFile(Protocol):
+    """Feature "map_file": shared memory is mapped by its file, and outlives the process's own mapping of it."""
+
+    def map_file(self, fd: int, start: int, size: int, prot: int = 3, iova: int | None = None) -> int:
+        """Map ``[start, start + size)`` of a memfd at ``iova``; return the iova."""
 
 
 class SupportsDirtyTracking(Protocol):

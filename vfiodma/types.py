@@ -61,7 +61,7 @@ class Capabilities:
 
     backend: str
     pgsizes: int                        #: bitmap of page sizes, bit n = 2**n bytes
-    features: frozenset[str] = field(default_factory=frozenset)   #: "dirty", "vaddr", "map_many", "dma", "unmap_all"
+    features: frozenset[str] = field(default_factory=frozenset)   #: "dirty", "vaddr", "map_many", "map_file", ...
     dma_avail: int | None = None        #: mappings left; None = not reported
     dma_entry_limit: int | None = None  #: mappings in all; None = not known
     max_dirty_bitmap_size: int = 0      #: bytes

@@ -1,12 +1,11 @@
 """Two processes, one address space: whichever is killed, and wherever, exactly one has the mappings or none is left."""
-import json
 import os
 import signal
 import socket
-import traceback
 
 import pytest
 from shared_container import SharedContainer
+from two_processes import answer, fork
 
 from vfiodma import GuestMemory, IoAddressSpace
 from vfiodma.errors import VfioError
@@ -36,32 +35,6 @@ class Killer:
             self.step()
             return inner(link, deadline, call)
         Link._try = traced
-
-
-def fork(body, *arguments):
-    """Run a function in a child; return its pid and a pipe with its JSON answer."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(write)
-        return pid, read
-    status = 1
-    try:
-        os.close(read)
-        os.write(write, json.dumps(body(*arguments)).encode())
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def answer(child):
-    pid, read = child
-    with os.fdopen(read, "rb") as pipe:
-        data = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    return (json.loads(data) if data else None), os.waitstatus_to_exitcode(status)
 
 
 def owns(ioas, memory, container):

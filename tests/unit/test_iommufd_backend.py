@@ -203,7 +203,7 @@ def rows(*entries):
 def test_opens_by_name_and_tells_what_it_can(system):
     with open_backend("iommufd", devices=[FIRST], system=system) as container:
         found = container.capabilities()
-        assert found.backend == "iommufd" and found.features == {"map_many", "unmap_all", "dirty"}
+        assert found.backend == "iommufd" and found.features == {"map_many", "unmap_all", "dirty", "map_file"}
         assert found.min_pgsize == PAGE and found.dma_avail is None
         assert container.iova_ranges() == (IovaRange(0, EVERYTHING),)
 

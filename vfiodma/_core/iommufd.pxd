@@ -22,7 +22,7 @@ cdef class HwptIoctls:
     cdef readonly IoasIoctls ioas
     cdef readonly uint32_t id               # 0 = destroyed
     cdef public bint loses_last_page
-    cdef readonly bint tracking
+    cdef public bint tracking
     cdef long get_bits(self, uint64_t iova, uint64_t size, uint64_t pgsize, uint32_t flags, void *words) except? -1
     cdef int check(self, str operation, object iova, object size, uint64_t at, uint64_t length, uint64_t pgsize,
                    Py_buffer *view) except -1

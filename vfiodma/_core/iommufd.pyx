@@ -93,6 +93,23 @@ cdef class IoasIoctls:
             key = entry.last + 1
         return found
 
+    def note_areas(self, entries):
+        """Note what another process mapped, from (n, 4) rows of iova, vaddr, size, prot; nothing is mapped."""
+        cdef Py_buffer view
+        cdef uint64_t *row
+        cdef Py_ssize_t n, i
+        cdef int err = 0
+        acquire_rows(entries, &view, 4, &n, "note_areas")
+        try:
+            row = <uint64_t *> view.buf
+            for i in range(n):
+                err = rangemap_insert(self.noted, row[0], row[0] + (row[2] - 1), 0)
+                if err:
+                    self.fail(err, "note_areas", row[0], row[2], i)
+                row += 4
+        finally:
+            PyBuffer_Release(&view)
+
     # ---- notes
 
     cdef long note(self, uint64_t iova, uint64_t size) except? -1:

@@ -40,6 +40,8 @@ class Adoptable:
             for iova, size in table[:, [0, 2]].tolist():
                 space.allocator.reserve(iova, size)
             if len(table):
+                if hasattr(backend, "note_areas"):
+                    backend.note_areas(table)
                 space._table.adopt(table, mmio, kept)
         except BaseException:
             release(kept)

@@ -59,7 +59,7 @@ def place(operation: str, memory: Any, offset: Any, size: Any, pgsize: int, prot
     size = None if size is None else number("size", size)
     if isinstance(memory, GuestMemory):
         memory = memory.region
-    view = None
+    view, file = None, None
     try:
         if hasattr(memory, "__index__") and not hasattr(memory, "__array_interface__") and not isinstance(memory, bool):
             if size is None:
@@ -78,13 +78,15 @@ def place(operation: str, memory: Any, offset: Any, size: Any, pgsize: int, prot
             if view.readonly and prot & Prot.WRITE:
                 raise error(errno.EFAULT, operation, None, size, "the memory is read-only: map it with prot=Prot.READ")
             vaddr, mmio = (memory.vaddr if region else buffer_address(view)) + offset, region and memory.mmio
+            if region and memory.fd is not None and memory.kind in ("memfd", "hugetlb"):
+                file = memory.fd, memory.offset + offset
         if (vaddr | size) & (pgsize - 1):
             raise error(errno.EINVAL, operation, None, size,
                         f"the address {vaddr:#x} and the size must be multiples of {pgsize:#x}")
     except BaseException:
         release(view)
         raise
-    return Row(0, vaddr, size, prot, mmio, view)
+    return Row(0, vaddr, size, prot, mmio, view, file)
 
 
 def table_of(operation: str, entries: Any, columns: int) -> Any:

@@ -639,7 +639,15 @@ class IoAddressSpace(Adoptable):
     def _install(self, rows: list[Row], undo: Undo, table: Any = None) -> None:
         """Map rows whose places are taken: backend, table, listeners."""
         try:
-            if len(rows) > 1 and "map_many" in self.backend.capabilities().features:
+            features = self.backend.capabilities().features
+            if "map_file" in features and any(row.file for row in rows):
+                for row in rows:
+                    if row.file:
+                        self.backend.map_file(*row.file, row.size, row.prot, row.iova)
+                    else:
+                        self.backend.map_dma(row.iova, row.vaddr, row.size, row.prot)
+                    undo.append((self.backend.unmap_dma, row.iova, row.size))
+            elif len(rows) > 1 and "map_many" in features:
                 self.backend.map_many(table_of("map_dma", [row[:4] for row in rows], 4) if table is None else table)
                 undo += [(self.backend.unmap_dma, row.iova, row.size) for row in rows]
             else:

@@ -23,7 +23,7 @@ _PROTS = [Prot(bits) for bits in range(4)]
 
 
 class Row(NamedTuple):
-    """A mapping with what the table knows besides; ``keeper`` is only there for rows on their way in."""
+    """A mapping with what the table knows besides; ``keeper`` and ``file`` are only there for rows on their way in."""
 
     iova: int
     vaddr: int
@@ -31,6 +31,7 @@ class Row(NamedTuple):
     prot: int
     mmio: bool = False
     keeper: Any = None
+    file: tuple[int, int] | None = None     #: descriptor and offset, for backends that map shared memory by its file
 
     @property
     def last(self) -> int:

@@ -5,6 +5,7 @@ from .device import IommufdDevice
 from .hwpt import Hwpt, HwptSource
 from .ioas import Ioas
 
-__all__ = ["HwInfo", "Hwpt", "HwptSource", "Ioas", "Iommufd", "IommufdContainer", "IommufdDevice", "open"]
+__all__ = ["HwInfo", "Hwpt", "HwptSource", "Ioas", "Iommufd", "IommufdContainer", "IommufdDevice", "adopt", "open"]
 
 open = IommufdContainer
+adopt = IommufdContainer.adopt

@@ -2,7 +2,7 @@
 import contextlib
 import errno
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from ..._core.errno import error
@@ -41,6 +41,9 @@ class IommufdContainer(Ioas):
         Let the IOMMU use large pages.  Off: dirty bits are exact to the page, and more table memory is used.
     rlimit_mode : {None, "user", "process"}
         See Iommufd.
+    by_file : bool, optional
+        Offer the feature "map_file": address spaces then map memfd and hugetlb regions by their file, without which
+        the mappings can't go to another process.  By default where the kernel has it (Linux 6.14).
     loses_last_page : bool, optional
         Add the page after each run of dirty ones, inside the mapping, as some kernels leave it out.  By default where
         the kernel may (``Iommufd.may_lose_last_page``).
@@ -65,7 +68,8 @@ class IommufdContainer(Ioas):
     """
 
     def __init__(self, devices: Sequence[str], *, system: VfioSystem | None = None, huge_pages: bool = True,
-                 rlimit_mode: str | None = None, loses_last_page: bool | None = None) -> None:
+                 rlimit_mode: str | None = None, by_file: bool | None = None,
+                 loses_last_page: bool | None = None) -> None:
         if isinstance(devices, str):
             raise TypeError("devices is a sequence of PCI addresses, not one string")
         if not devices:
@@ -88,11 +92,73 @@ class IommufdContainer(Ioas):
                     device.attach(self)
             if loses_last_page is not None:
                 self._set_loses_last_page(loses_last_page)
+            self._by_file = self.iommufd.has_map_file(self) if by_file is None else bool(by_file)
             # Smaller pages than the CPU's are hidden, as Type1 hides them; emulated devices would take single bytes.
             self._pgsizes = max(self.iova_alignment(), mmap.PAGESIZE) | _LARGE_PAGES
         except BaseException:
             iommufd.close()
             raise
+
+    @classmethod
+    def adopt(cls, state: Mapping[str, Any], fds: Sequence[int]) -> Self:
+        """Take over a container of the running kernel that another process opened, with its devices and mappings.
+
+        Parameters
+        ----------
+        state, fds
+            What :meth:`hand_over` returned there.  The descriptors belong to this object, and are closed on failure.
+
+        Notes
+        -----
+        Nothing is attached or mapped again.  ``change_process()`` then moves the charge for locked memory here.
+        """
+        container = cls.__new__(cls)
+        iommufd = Iommufd.adopt(fds[0] if fds else -1)
+        try:
+            devices = state["devices"]
+            if len(fds) != 1 + len(devices):
+                raise ValueError
+            for fd, (address, number) in zip(fds[1:], devices.items(), strict=True):
+                IommufdDevice.adopt(iommufd, address, fd, int(number))
+            Ioas.__init__(container, iommufd, int(state["ioas"]))
+            container.system = iommufd.system
+            container.devices = dict(zip(devices, iommufd.devices, strict=True))
+            container.hwpts = tuple(Hwpt(container, int(number)) for number, _, _ in state["hwpts"])
+            for hwpt, (_, loses, tracking) in zip(container.hwpts, state["hwpts"], strict=True):
+                hwpt.loses_last_page = bool(loses)
+                hwpt.tracking = bool(tracking)
+            container._pgsizes, container._by_file = int(state["pgsizes"]), True
+            container.iova_ranges()                 # it is one, and has this address space
+        except (KeyError, TypeError, ValueError, AttributeError):
+            iommufd.let_go(fds)
+            raise error(errno.EPROTO, "adopt", hint="the description of the container does not fit its "
+                        f"{len(fds)} descriptors") from None
+        except BaseException:
+            iommufd.let_go(fds)
+            raise
+        return container
+
+    def hand_over(self) -> tuple[dict[str, Any], list[int]]:
+        """Return what :meth:`adopt` in another process needs; the descriptors stay this container's.
+
+        Raises
+        ------
+        UnsupportedError
+            EOPNOTSUPP: a software iommufd lives in this process.
+        """
+        if not self.iommufd.real:
+            raise error(errno.EOPNOTSUPP, "hand_over", hint="a software IOMMU lives in its process: only a container "
+                        "of the running kernel can be handed over")
+        state = {"ioas": self.id, "devices": {address: device.id for address, device in self.devices.items()},
+                 "hwpts": [[hwpt.id, hwpt.loses_last_page, hwpt.tracking] for hwpt in self.hwpts],
+                 "pgsizes": self._pgsizes}
+        return state, [self.iommufd.fd, *(device.fd for device in self.devices.values())]
+
+    def let_go(self) -> None:
+        """Close every descriptor, detach and unmap nothing: the process that adopted it has it all.  Idempotent."""
+        self.iommufd.let_go()
+        self.devices.clear()
+        self.hwpts = ()
 
     def _attach_tracked(self, device: IommufdDevice) -> None:
         """Attach to a page table with dirty tracking: one that is there, or a new one for another IOMMU."""
@@ -114,6 +180,7 @@ class IommufdContainer(Ioas):
     def capabilities(self) -> Capabilities:
         """Return what the container can do; see Capabilities.  iommufd has no limit of mappings."""
         features = {"map_many", "unmap_all"} | ({"dirty"} if self.hwpts else set())
+        features |= {"map_file"} if self._by_file else set()
         return Capabilities("iommufd", self._pgsizes, frozenset(features))
 
     # ---- dirty tracking

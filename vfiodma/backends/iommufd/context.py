@@ -3,10 +3,12 @@ import ctypes
 import errno
 import os
 import resource
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 from ..._core.errno import error
 from ..._core.kernel import Descriptor
+from ...errors import VfioError
 from ...kernel import KernelVfio, refuse_unbound
 from ...protocols import VfioSystem
 from ...uapi import iommufd as abi
@@ -66,6 +68,26 @@ class Iommufd(Descriptor):
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def adopt(cls, fd: int) -> Self:
+        """Take over a descriptor of the running kernel's, which belongs to this object from now on."""
+        iommufd = cls.__new__(cls)
+        iommufd.devices = []
+        Descriptor.__init__(iommufd, KernelVfio(), fd)
+        return iommufd
+
+    def let_go(self, fds: Sequence[int] = ()) -> None:
+        """Close the descriptors, of the devices too, and nothing else: another process has them.  Idempotent.
+
+        ``fds`` are those that were to be adopted: the ones that no object has yet are closed as well.
+        """
+        for fd in fds[1 + len(self.devices):]:
+            self.system.close(fd)
+        for device in self.devices:
+            Descriptor.close(device)
+        self.devices.clear()
+        Descriptor.close(self)
 
     def command(self, request: int, layout: Layout, operation: str, **values: Any) -> dict[str, Any]:
         """Do an ioctl with a structure, ``size`` filled in; return the structure as the kernel left it."""
@@ -210,6 +232,14 @@ class Iommufd(Descriptor):
             EINVAL: a mapping was not made by map_file; EBUSY; ENOMEM.
         """
         self.command(abi.IOMMU_IOAS_CHANGE_PROCESS, abi.iommu_ioas_change_process, "change_process")
+
+    def has_map_file(self, ioas: Ioas) -> bool:
+        """Tell whether the kernel maps memory by file and changes the process (Linux 6.14): asked with no bytes."""
+        try:
+            ioas.map_file(-1, 0, 0)
+        except VfioError as exc:
+            return exc.errno != errno.ENOTTY
+        return True
 
     def _hint(self, err: int, operation: str) -> str:
         if err == errno.ENOMEM:

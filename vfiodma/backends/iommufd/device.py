@@ -48,6 +48,15 @@ class IommufdDevice(Descriptor):
             raise
         iommufd.devices.append(self)
 
+    @classmethod
+    def adopt(cls, iommufd: "Iommufd", address: str, fd: int, number: int) -> Self:
+        """Take over the descriptor of a device that is bound already, as ``number``."""
+        device = cls.__new__(cls)
+        Descriptor.__init__(device, iommufd.system, fd)
+        device.iommufd, device.address, device.id = iommufd, address, number
+        iommufd.devices.append(device)
+        return device
+
     def hw_info(self) -> "HwInfo":
         """Ask for the IOMMU in front of the device."""
         return self.iommufd.hw_info(self.id)
