@@ -225,7 +225,7 @@ def test_frames_lost_repeated_or_exchanged_are_refused():
 def test_a_header_of_another_kind_is_refused():
     good = struct.pack("<BBHIQ", 1, 0, 0, 4, 0) + b"data"
     bad = [b"", good[:15], b"\2" + good[1:], good[:1] + b"\2" + good[2:], good[:1] + bytes([LAST]) + good[2:],
-           good[:2] + b"\1" + good[3:], good + b"x", good[:-1], struct.pack("<BBHIQ", 1, 0, 0, 0, 0)]
+           struct.pack("<BBHIQ", 1, 0, 1, 4, 4) + b"data", good + b"x", good[:-1], struct.pack("<BBHIQ", 1, 0, 0, 0, 0)]
     with machine(*chips(1)) as [device], DeviceSinks([device], limit=7) as sinks:
         sinks.prepare()
         for data in bad:
@@ -237,6 +237,61 @@ def test_a_header_of_another_kind_is_refused():
         assert sinks.take(PREFIX + device.address, good)
         with pytest.raises(ProtocolError, match="more than 7 bytes"):
             sinks.take(PREFIX + device.address, struct.pack("<BBHIQ", 1, 0, 0, 4, 4) + b"data")
+
+
+@pytest.mark.parametrize("cut", ["running", "final", "loaded"])
+def test_after_a_broken_connection_the_state_comes_anew(cut):
+    here, there = chips(2), chips(2)
+    with machine(*here) as old, machine(*there) as new:
+        source, sinks = DeviceStates(old, chunk=300), DeviceSinks(new)
+        sinks.prepare()
+        source.start()
+        here[0].poke(1, 1)
+        here[1].poke(3, 2)
+        chunks = source.chunks()
+        lost = [next(chunks) for _ in range(5)][-1]         # the last one never arrives
+        for name, chunk in source.chunks() if cut != "running" else ():
+            lost = name, chunk
+        if cut != "running":
+            source.resume()
+            source.start()
+            send(source, sinks)
+            source.quiesce()
+            final = list(source.final_chunks())
+            for name, chunk in final if cut == "loaded" else final[:-1]:
+                sinks.take(name, chunk)
+            if cut == "loaded":
+                sinks.load()
+            lost = final[-1]
+        source.resume()
+        here[0].poke(7, 3)
+        source.start()
+        first = next(source.chunks())
+        assert sinks.take(*first)
+        with pytest.raises(ProtocolError):
+            sinks.take(*lost)                               # of the attempt before
+        with pytest.raises(ProtocolError, match="not complete"):
+            sinks.load()
+        send(source, sinks)
+        finish(source, sinks)
+        assert [chip.content() for chip in there] == [chip.content() for chip in here]
+        assert states(new) == [RUNNING] * 2
+
+
+def test_a_device_that_stays_with_an_older_attempt_is_not_loaded():
+    here, there = chips(2), chips(2)
+    with machine(*here) as old, machine(*there) as new, DeviceSinks(new) as sinks:
+        source = DeviceStates(old)
+        sinks.prepare()
+        for attempt in range(2):
+            source.start()
+            source.quiesce()
+            for name, chunk in source.final_chunks():
+                if not attempt or name.endswith(old[0].address):
+                    sinks.take(name, chunk)
+            source.resume()
+        with pytest.raises(ProtocolError, match=f"the state of {old[1].address} is not complete"):
+            sinks.load()
 
 
 # ---- a device with registers

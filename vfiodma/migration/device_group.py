@@ -1,8 +1,9 @@
 """The devices of a guest together: their states as chunks of a stream, saved and resumed in the order VFIO asks for.
 
-A chunk is a header of 16 bytes (little-endian: version u8, flags u8, zero u16, bytes of content u32, offset of the
+A chunk is a header of 16 bytes (little-endian: version u8, flags u8, attempt u16, bytes of content u32, offset of the
 content in the device's stream u64) and the content.  A device's last chunk has the flag LAST and no content, so that a
-stream which ends early is not taken for a whole one.
+stream which ends early is not taken for a whole one.  What was read of a device can't be read again: after a broken
+connection its state begins anew, as another attempt, and the destination forgets what it had.
 """
 import errno
 import struct
@@ -24,6 +25,7 @@ LAST = 1                    #: flag: the device's stream is complete
 CHUNK_BYTES = 1 << 20       #: content of a chunk, by default
 MAX_CHUNK = 8 << 20         #: at most: it travels in one frame
 _HEADER = struct.Struct("<BBHIQ")
+_MAX_ATTEMPTS = 1 << 16
 
 _Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
@@ -103,8 +105,8 @@ class DeviceStates:
     Notes
     -----
     ``preflight``, ``start``, then by turns ``pending`` and ``chunks`` while the guest runs; ``quiesce`` when its CPUs
-    are stopped, after that the last harvest of dirty pages, ``final_chunks``.  On failure ``resume``, and ``start`` may
-    follow again.  For one thread at a time.
+    are stopped, after that the last harvest of dirty pages, ``final_chunks``.  On failure ``resume``; after a broken
+    connection ``start`` follows again.  For one thread at a time.
     """
 
     def __init__(self, devices: Iterable[VfioDevice | StateSource], *, peer_to_peer: bool = True,
@@ -115,6 +117,7 @@ class DeviceStates:
         self._peer_to_peer = peer_to_peer
         self._chunk = chunk
         self._offsets: dict[str, int] = {}
+        self._attempt = -1
 
     def preflight(self) -> list[MigrationFlags]:
         """Return the states that each device has; nothing changes.
@@ -131,6 +134,9 @@ class DeviceStates:
     def start(self) -> None:
         """Begin to save; after a failure all devices run as before."""
         self.preflight()
+        self._attempt += 1
+        if self._attempt == _MAX_ATTEMPTS:
+            raise MigrationError(errno.EOVERFLOW, operation="migrate_device", hint="too many attempts")
         self._offsets = dict.fromkeys((device.name for device in self.devices), 0)
         try:
             for device in self.devices:
@@ -182,7 +188,7 @@ class DeviceStates:
         """Return a chunk and the bytes of its content; ``at_end`` are the flags of one without."""
         buffer = memoryview(bytearray(_HEADER.size + most))
         count, offset = device.readinto(buffer[_HEADER.size:]), self._offsets[device.name]
-        _HEADER.pack_into(buffer, 0, CHUNK_VERSION, 0 if count else at_end, 0, count, offset)
+        _HEADER.pack_into(buffer, 0, CHUNK_VERSION, 0 if count else at_end, self._attempt, count, offset)
         self._offsets[device.name] = offset + count
         return buffer[:_HEADER.size + count], count
 
@@ -218,6 +224,7 @@ class _Arriving:
 
     def __init__(self, sink: StateSink) -> None:
         self.sink = sink
+        self.attempt = 0
         self.bytes = 0
         self.complete = False
 
@@ -246,6 +253,7 @@ class DeviceSinks:
         self._peer_to_peer = peer_to_peer
         self._limit = limit
         self._arriving: dict[str, _Arriving] = {}
+        self._attempt = 0           # the newest one
         self._mine = False          # the devices wait for a state, or have one
 
     def preflight(self) -> list[MigrationFlags]:
@@ -256,6 +264,7 @@ class DeviceSinks:
         """Have all devices wait for their state; after a failure they are reset."""
         self.preflight()
         self._arriving, self._mine = {device.name: _Arriving(device) for device in self.devices}, True
+        self._attempt = 0
         try:
             for device in self.devices:
                 device.prepare()
@@ -289,11 +298,15 @@ class DeviceSinks:
         name = f"the state of {arriving.sink.name}"
         if len(view) < _HEADER.size:
             raise damaged(f"a chunk of {name} is too short")
-        version, flags, zero, count, offset = _HEADER.unpack_from(view)
+        version, flags, attempt, count, offset = _HEADER.unpack_from(view)
         if version != CHUNK_VERSION:
             raise damaged(f"a chunk of {name} has version {version}, this side knows {CHUNK_VERSION}")
-        if flags not in (0, LAST) or zero or count != len(view) - _HEADER.size or (count == 0) != (flags == LAST):
+        if flags not in (0, LAST) or count != len(view) - _HEADER.size or (count == 0) != (flags == LAST):
             raise damaged(f"a chunk of {name} with flags {flags:#x} and {len(view) - _HEADER.size} bytes of {count}")
+        if attempt > arriving.attempt and not offset:
+            self._begin_anew(arriving, attempt)
+        if attempt != arriving.attempt or attempt != self._attempt:
+            raise damaged(f"a chunk of {name} belongs to attempt {attempt} of {self._attempt}, byte {offset}")
         if arriving.complete:
             raise damaged(f"{name} goes on after its end")
         if offset != arriving.bytes:
@@ -302,6 +315,14 @@ class DeviceSinks:
             raise damaged(f"{name} has more than {self._limit} bytes")
         arriving.complete = flags == LAST
         return view[_HEADER.size:]
+
+    def _begin_anew(self, arriving: _Arriving, attempt: int) -> None:
+        """Have a device forget the state that came, whole or in part, and wait for another one."""
+        if arriving.bytes or arriving.complete:
+            arriving.sink.reset()
+            arriving.sink.prepare()
+        self._attempt = max(self._attempt, attempt)
+        arriving.attempt, arriving.bytes, arriving.complete = attempt, 0, False
 
     def load(self) -> None:
         """Have all devices be what those of the source were; they stand still.
@@ -313,7 +334,8 @@ class DeviceSinks:
         MigrationError
             A device does not take its state.
         """
-        missing = [arriving.sink.name for arriving in self._arriving.values() if not arriving.complete]
+        missing = [arriving.sink.name for arriving in self._arriving.values()
+                   if not arriving.complete or arriving.attempt != self._attempt]
         if missing or not self._mine:
             raise damaged(f"the state of {', '.join(missing) or 'the devices'} is not complete")
         _on_all(self.devices, lambda device: device.load())
