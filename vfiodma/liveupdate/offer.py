@@ -116,14 +116,15 @@ class UpdateOffer:
             report = preflight(self._ioas, self._memory)
             report.check()
             start = time.monotonic()
+            handoff = VaddrHandoff(self._ioas, self._memory) if report.way == "vaddr" else None
             with self._offer(report.way) as guard:
                 ready = time.monotonic()
                 try:
                     last = b"" if self._freeze is None else self._freeze()
                     frozen = time.monotonic()
-                    if report.way == "vaddr":
-                        self._handoff = VaddrHandoff(self._ioas, self._memory)
-                        self._handoff.invalidate()
+                    if handoff is not None:
+                        self._handoff = handoff
+                        handoff.invalidate()
                 except BaseException as exc:
                     with contextlib.suppress(VfioError):
                         self._link.send(Kind.FAILED, str(exc).encode()[:4096])
