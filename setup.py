@@ -12,6 +12,7 @@ KERNELS = {
     "bitmap": ["bitmap", "bitmap_x86", "bitmap_arm", "dirtylog"],
     "copy": ["copy"],
     "memory": ["usercopy"],
+    "maprows": ["maprows"],
     "dirty": ["bitmap", "bitmap_x86", "bitmap_arm", "usercopy", "rangemap"],
     "mappings": ["rangemap", "usercopy", "pin", "memlock"],
     "attach": ["rangemap"],

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 from ._core.errno import error
+from ._core.memory import buffer_address
 from .types import Prot
 
 _LIMIT = 1 << 63
@@ -32,13 +33,6 @@ def _check_block(operation: str, size: Any, offset: Any, pgsize: int) -> tuple[i
     if size % pgsize or offset % pgsize:
         raise error(errno.EINVAL, operation, None, size, f"size and offset must be multiples of {pgsize:#x}")
     return size, offset
-
-
-def buffer_address(view: memoryview) -> int:
-    """Return the address of a contiguous buffer, read-only or not."""
-    import numpy
-
-    return numpy.frombuffer(view, numpy.uint8).__array_interface__["data"][0]
 
 
 class MemoryRegion:

@@ -75,3 +75,12 @@ def write_memory(address, data):
             raise_errno(-err, "write_memory", None, view.len, f"address {address:#x} is not writable memory of this process")
     finally:
         PyBuffer_Release(&view)
+
+
+def buffer_address(view):
+    """Return the address of a contiguous buffer, read-only or not."""
+    cdef Py_buffer source
+    PyObject_GetBuffer(view, &source, PyBUF_SIMPLE)
+    cdef uint64_t address = <uint64_t> <size_t> source.buf
+    PyBuffer_Release(&source)
+    return address

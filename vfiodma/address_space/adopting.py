@@ -2,25 +2,22 @@
 from typing import Any, Self
 
 from ..protocols import Backend
-from .arguments import TOP, hold, release, table_of
+from .arguments import TOP, hold, release
 
 
 class Adoptable:
     """The part of IoAddressSpace for both processes."""
 
     @classmethod
-    def adopt(cls, backend: Backend, entries: Any, *, mmio: Any = False, keep: Any = None,
-              close_backend: bool = False) -> Self:
+    def adopt(cls, backend: Backend, entries: Any, *, keep: Any = None, close_backend: bool = False) -> Self:
         """Make an address space of a backend that has these mappings already: nothing is mapped.
 
         Parameters
         ----------
         backend : Backend
             A container that was adopted from another process.
-        entries : (n, 4) array of uint64
-            iova, vaddr in this process, size, prot of each mapping, by iova.
-        mmio : (n,) array of bool
-            Which are device memory.
+        entries : (n, 4) buffer of uint64
+            iova, vaddr in this process, size, and Prot (plus 4 for device memory) of each mapping, ascending by iova.
         keep : object, optional
             As for :meth:`map_many`.
 
@@ -33,16 +30,16 @@ class Adoptable:
         -----
         Whether the backend really has them can't be asked; vaddrs that are invalid are for the caller to update.
         """
-        table = table_of("adopt", entries, 4)
         space: Any = cls(backend)       # type: ignore[call-arg]
         kept = hold(keep)
         try:
-            for iova, size in table[:, [0, 2]].tolist():
-                space.allocator.reserve(iova, size)
-            if len(table):
+            if len(entries):
+                rows: Any = memoryview(entries).tolist()
+                for iova, _, size, _ in rows:
+                    space.allocator.reserve(iova, size)
+                space._table.adopt(entries, kept)
                 if hasattr(backend, "note_areas"):
-                    backend.note_areas(table)
-                space._table.adopt(table, mmio, kept)
+                    backend.note_areas(entries)
         except BaseException:
             release(kept)
             space._retire("closed")

@@ -4,7 +4,8 @@ import errno
 from typing import Any
 
 from .._core.errno import error
-from ..memory import GuestMemory, MemoryRegion, buffer_address
+from .._core.memory import buffer_address
+from ..memory import GuestMemory, MemoryRegion
 from ..types import Prot
 from .table import Row
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .._core.errno import error
+from .._core.maprows import split_entries
 from .._core.rangemap import RangeMap, VaddrIndex
 from ..errors import NotMappedError
 from ..types import Mapping, Prot
@@ -206,15 +207,16 @@ class MappingTable:
 
     # Everything at once
 
-    def adopt(self, entries: Any, mmio: Any, keeper: Any) -> None:
-        """Fill an empty table from (n, 4) rows of iova, vaddr, size, prot, by iova, and a flag for device memory."""
-        import numpy as np
-
-        tags = entries[:, 3] | np.where(mmio, np.uint64(_MMIO), np.uint64(0))
-        self.translations.build(np.ascontiguousarray(entries[:, [0, 2, 1]]))
-        self.tags.build(np.column_stack((entries[:, 0], entries[:, 2], tags)))
+    def adopt(self, entries: Any, keeper: Any) -> None:
+        """Fill an empty table from (n, 4) rows of iova, vaddr, size, mmio << 2 | prot, by iova; n > 0."""
+        number = 0 if keeper is None else 1
+        translations, tags, _ = split_entries(entries, number << _KEEPER_SHIFT)
+        self.translations.build(translations)
+        self.tags.build(tags)
         self._reverse = None
-        self._keep_all(keeper)
+        if number:
+            self._newest = number
+            self._keepers[number] = [keeper, len(tags)]
 
     def copy_translations(self) -> RangeMap:
         """Return a copy of everything that is translated."""

@@ -9,10 +9,12 @@ import mmap
 import os
 import struct
 import zlib
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .._core.errno import error
+from .._core.maprows import check_rows, place_rows
 from ..memory import GuestMemory, MemoryRegion
 from ..types import Prot
 
@@ -40,11 +42,12 @@ class RegionRecord(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What was read: regions, and mappings as an (n, 4) array of iova, offset, size, region << 3 | mmio << 2 | prot."""
+    """What was read: regions, and mappings as (n, 4) rows of iova, offset, size, region << 3 | mmio << 2 | prot."""
 
     regions: list[RegionRecord]
-    mappings: Any
+    mappings: Any       #: () where there is none
     size: int           #: bytes mapped
+    locked: int         #: bytes of them that are no device memory
 
 
 def _bad(why: str) -> OSError:
@@ -164,8 +167,6 @@ def read_table(fd: int) -> Table:
         EPROTO: not sealed, of another version, damaged, or a mapping that is misaligned, out of order, overlapping
         another, or outside of its region.
     """
-    import numpy as np
-
     with read_sealed(fd, _HEAD.size + MAX_REGIONS * _REGION.size + MAX_MAPPINGS * ROW) as file:
         data = bytes(file)
     if len(data) < _HEAD.size:
@@ -176,27 +177,22 @@ def read_table(fd: int) -> Table:
     if version != _VERSION:
         raise error(errno.EPROTO, "live_update", hint=f"the table has version {version}, this process reads {_VERSION}")
     rows_at = _HEAD.size + nregions * _REGION.size
-    if nregions > MAX_REGIONS or count > MAX_MAPPINGS or zero or \
-            not size == len(data) == rows_at + count * ROW:
+    if nregions > MAX_REGIONS or count > MAX_MAPPINGS or zero or not size == len(data) == rows_at + count * ROW:
         raise _bad(f"{len(data)} bytes for {nregions} regions and {count} mappings")
     if zlib.crc32(memoryview(data)[_HEAD.size:]) != crc:
         raise _bad("its checksum differs")
     records = unpack_regions(data[_HEAD.size:rows_at])
-    rows = np.frombuffer(data, "<u8", count * 4, rows_at).reshape(count, 4)
     if not count:
-        return Table(records, rows, 0)
-    iova, offset, length, tag = rows.T
-    region = tag >> np.uint64(3)
-    if (region >= nregions).any() or (tag & np.uint64(3) == 0).any():
-        raise _bad("a mapping leads to no region, or has no permission")
-    sizes = np.array([record.size for record in records], np.uint64)[region.astype(np.intp)]
-    page = np.uint64(mmap.PAGESIZE - 1)
-    last = iova + (length - np.uint64(1))
-    if not length.all() or ((iova | offset | length) & page).any() or (last < iova).any() or \
-            (last[:-1] >= iova[1:]).any():
-        raise _bad("a mapping is empty, misaligned, or overlaps another")
-    if (length > sizes).any() or (offset > sizes - length).any():
-        raise _bad("a mapping reaches beyond its region")
-    if int(length.sum()) != total:
+        return Table(records, (), 0, 0)
+    rows = memoryview(data)[rows_at:].cast("Q", (count, 4))
+    found, locked = check_rows(rows, array("Q", [record.size for record in records]), mmap.PAGESIZE)
+    if found != total:
         raise _bad("the sum of its sizes differs")
-    return Table(records, rows, total)
+    return Table(records, rows, found, locked)
+
+
+def place(table: Table, memory: GuestMemory) -> Any:
+    """Return (n, 4) entries of iova, vaddr, size, mmio << 2 | prot: where the mappings are in this process."""
+    if not len(table.mappings):
+        return ()
+    return place_rows(table.mappings, array("Q", [region.vaddr for region in memory.regions]))

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from .._core.errno import error
+from .._core.maprows import split_entries
 from ..address_space import IoAddressSpace
 from ..backends import adopt_backend
 from ..errors import MigrationError, VfioError
 from ..hostinfo import locked_memory
 from ..memory import GuestMemory
 from .packets import Fds, Kind, Link
-from .table import Table, map_regions, read_table
+from .table import Table, map_regions, place, read_table
 
 Adopt = Callable[[str, Mapping[str, Any], Sequence[int]], Any]
 
@@ -95,12 +96,12 @@ class Prepared:
             undo.callback(backend.let_go)
             if getattr(backend, "real", False) and self.way == "vaddr":
                 _check_limit(table)
-            self._entries, mmio = _entries(table, self.memory)
+            self._entries = place(table, self.memory)
             views = tuple(region.view() for region in self.memory.regions)
+            self._updates = split_entries(self._entries)[2] if len(self._entries) else ()
             for view in views:
                 undo.callback(view.release)         # or the memory could not be closed
-            self._ioas: IoAddressSpace = IoAddressSpace.adopt(backend, self._entries, mmio=mmio, keep=views,
-                                                              close_backend=True)
+            self._ioas: IoAddressSpace = IoAddressSpace.adopt(backend, self._entries, keep=views, close_backend=True)
             self.fds = dict(zip(offer.fds, fds.take(1 + nregions + offer.container, len(offer.fds)), strict=True))
             self._undo = undo.pop_all()
 
@@ -112,12 +113,10 @@ class Prepared:
         LockedMemoryError
             ENOMEM: over this process's limit of locked memory, to which the kernel moves the charge.
         """
-        import numpy as np
-
         if self.way == "file":
             self._backend.change_process()
         elif len(self._entries):
-            self._backend.update_vaddr_many(np.ascontiguousarray(self._entries[:, :3]))
+            self._backend.update_vaddr_many(self._updates)
 
     def taken(self, state: bytes) -> Taken:
         """Return what is the caller's from now on."""
@@ -133,20 +132,9 @@ class Prepared:
 
 def _check_limit(table: Table) -> None:
     available = locked_memory().available
-    size = sum(int(size) for _, _, size, tag in table.mappings.tolist() if not tag & 4)
-    if available is not None and size > available:
-        raise error(errno.ENOMEM, "live_update", None, size, "the kernel charges all of it to the new process, which "
-                    f"may lock {available} more bytes: raise its RLIMIT_MEMLOCK, or give it CAP_IPC_LOCK")
-
-
-def _entries(table: Table, memory: GuestMemory) -> tuple[Any, Any]:
-    """Return rows of iova, vaddr, size, prot, and which are device memory."""
-    import numpy as np
-
-    bases = np.array([region.vaddr for region in memory.regions], np.uint64)
-    iova, offset, size, tag = table.mappings.T
-    vaddr = bases[(tag >> np.uint64(3)).astype(np.intp)] + offset
-    return np.column_stack((iova, vaddr, size, tag & np.uint64(3))), tag & np.uint64(4) != 0
+    if available is not None and table.locked > available:
+        raise error(errno.ENOMEM, "live_update", None, table.locked, "the kernel charges all of it to the new process, "
+                    f"which may lock {available} more bytes: raise its RLIMIT_MEMLOCK, or give it CAP_IPC_LOCK")
 
 
 class UpdateTaker:
@@ -167,8 +155,6 @@ class UpdateTaker:
     """
 
     def __init__(self, sock: socket.socket, *, timeout: float = 10.0, adopt: Adopt = adopt_backend) -> None:
-        import numpy  # noqa: F401   here, and not during the update
-
         self._link, self._adopt = Link(sock, timeout), adopt
 
     def take_over(self) -> Taken:
