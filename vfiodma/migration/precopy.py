@@ -15,7 +15,7 @@ from . import stream
 from .bandwidth import BandwidthLimit
 from .channel import FrameChannel, gave_up
 from .compression import offer as offer_compression
-from .convergence import Convergence, Step
+from .convergence import Convergence, Policy, Sample, Step
 from .events import Broken, Event, MigrationResult, Progress, Resumed, Round, Stage
 from .handover import Journal, SourceHandover, SourceState
 from .joining import close_channels, connect_channels
@@ -121,7 +121,7 @@ class PrecopySource:
         self._opened: list[Any] = []        # transports of connect()
         self._journal = journal or Journal()
         self._on_event = on_event or (lambda _: None)
-        self.convergence = Convergence(downtime_limit, max_rounds)
+        self.convergence = Convergence(Policy(downtime_limit, max_rounds))
         self.handover = SourceHandover(Journal(), "")
         self.ledger: Ledger | None = None
         self._hello: Hello | None = None
@@ -294,13 +294,13 @@ class PrecopySource:
         while step is Step.CONTINUE:
             done = self._round(layout, tracker, {} if result.rounds else states)
             result.rounds.append(done)
-            step = self.convergence.decide(done.dirty_pages * layout.pgsize)
-            done.predicted_downtime = self.convergence.predicted
+            decision = self.convergence.decide(sum(done.seconds for done in result.rounds))
+            step, done.predicted_downtime = decision.step, decision.prediction.total
             self._on_event(done)
             if not prepared:
                 self._prepare()
                 prepared = True
-        result.predicted_downtime = self.convergence.predicted
+        result.predicted_downtime = decision.prediction.total
         result.converged = step is Step.SWITCH
 
     def _prepare(self) -> None:
@@ -340,7 +340,10 @@ class PrecopySource:
         nbytes, seconds = self._sent() - before, acked - began
         dirty = self.ledger.pending.count()
         if tracker is not None:
-            self.convergence.observe(nbytes, seconds, time.perf_counter() - sent, dirty * layout.pgsize)
+            harvested = time.perf_counter()
+            self.convergence.observe(Sample(
+                nbytes, sent - began, dirty * layout.pgsize, harvested - began, totals.pages * layout.pgsize,
+                totals.zero_pages * layout.pgsize, acked - sent, harvested - acked))
         return Round(epoch, totals.pages, totals.zero_pages, nbytes, seconds, dirty, nbytes / seconds, None,
                      final=tracker is None)
 
