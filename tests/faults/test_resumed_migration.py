@@ -61,9 +61,9 @@ class Line:
         self.thread = threading.Thread(target=self.serve)
         self.thread.start()
 
-    def accept(self):
+    def accept(self, seconds=5):
         try:
-            sock = self.waiting.get(timeout=5)
+            sock = self.waiting.get(timeout=seconds)
         except queue.Empty:
             sock = None
         if sock is None:
@@ -72,15 +72,14 @@ class Line:
 
     def serve(self):
         try:
-            self.receiver = PageReceiver(self.accept(), lambda hello: self.target, **self.options)
-            self.phase = self.receiver.serve(self.accept, breaks=1000)
+            self.receiver = PageReceiver(self.accept(), lambda hello: self.target, accept=self.accept,
+                                         **self.options)
+            self.phase = self.receiver.serve(5, breaks=1000)
             if self.phase is Phase.OWNER:
                 self.runs += 1
             # The answer may have got lost: the next connection is told.
             while True:
-                with contextlib.closing(self.accept()) as transport, contextlib.suppress(VfioError):
-                    self.receiver.reconnect(transport)
-                    self.receiver.settle()
+                self.receiver.linger(5)
         except VfioError as exc:
             self.failure = exc
 

@@ -1,6 +1,7 @@
 """The command line.  Commands are imported when they are asked for; typer and rich belong to the extra "cli"."""
 import importlib
 import sys
+from typing import Any
 
 from ..errors import MissingExtraError, VfioError
 
@@ -8,10 +9,12 @@ from ..errors import MissingExtraError, VfioError
 # and help.
 COMMANDS: "dict[str, tuple[str, str] | dict[str, tuple[str, str]]]" = {
     "demo": ("demo", "demo"),
+    "migrate": {"serve": ("migrate", "serve"), "send": ("migrate", "send"), "status": ("migrate", "status"),
+                "cancel": ("migrate", "cancel")},
     "probe": ("probe", "probe"),
 }
 #: What a group of commands is for.
-HELP: dict[str, str] = {}
+HELP = {"migrate": "Move a guest to another process or machine."}
 
 
 def _app(names):
@@ -19,7 +22,7 @@ def _app(names):
         import typer
     except ImportError:
         raise MissingExtraError("typer", "cli") from None
-    options = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
+    options: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
 
     def fill(app, commands):
         for name, target in commands.items():

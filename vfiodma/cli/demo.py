@@ -29,7 +29,8 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _check_size(text: str) -> int:
+def check_size(text: str) -> int:
+    """Return the bytes of guest memory; BadParameter for what can't be."""
     size = parse_size(text)
     if size < 1 << 20 or size % _PAGE:
         raise typer.BadParameter(f"{text} is {size} bytes: at least 1M, in whole pages of {_PAGE} bytes")
@@ -40,7 +41,8 @@ def _check_size(text: str) -> int:
     return size
 
 
-def _check_working_set(text: str | None, size: int) -> int:
+def check_working_set(text: str | None, size: int) -> int:
+    """Return the bytes of a working set; by default 64M, or a quarter of the memory."""
     if text is None:
         return min(64 << 20, size // 4 // _PAGE * _PAGE)
     working_set = parse_size(text)
@@ -51,7 +53,7 @@ def _check_working_set(text: str | None, size: int) -> int:
 
 
 def demo(
-    size: Annotated[int, typer.Option(parser=_check_size, metavar="SIZE", help="Guest memory.")] = "1G",     # type: ignore[assignment]
+    size: Annotated[int, typer.Option(parser=check_size, metavar="SIZE", help="Guest memory.")] = "1G",     # type: ignore[assignment]
     image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help=(
         "File to fill it with; by default the running Python and its libraries."))] = None,
     devices: Annotated[int, typer.Option(min=1, max=64, help="Devices that write.")] = 2,
@@ -66,8 +68,8 @@ def demo(
         "Draw dirty pages and bandwidth of each round."))] = None,
 ) -> None:
     """Move memory to another process while devices write into it; compare every byte."""
-    settings = Settings(size, image, devices, rate, _check_working_set(working_set, size), downtime / 1e3, max_rounds,
-                        secrets.randbelow(1 << 32) if seed is None else seed)
+    settings = Settings(size, image, devices, rate, check_working_set(working_set, size),
+                        secrets.randbelow(1 << 32) if seed is None else seed, downtime / 1e3, max_rounds)
     if plot is not None and not plot.parent.is_dir():
         raise typer.BadParameter(f"there is no directory {plot.parent}", param_hint="--plot")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:     # said before the work, not after it

@@ -1,8 +1,9 @@
 """Moving the memory of running devices to another process: tracker, ledger, pre-copy rounds, stream, receiver."""
 from .events import MigrationResult, Round
+from .migration import Migration
 from .precopy import PrecopySource
 from .receiver import PageReceiver
 from .tracker import DirtyTracker
 from .transport import SocketTransport
 
-__all__ = ["DirtyTracker", "MigrationResult", "PageReceiver", "PrecopySource", "Round", "SocketTransport"]
+__all__ = ["DirtyTracker", "Migration", "MigrationResult", "PageReceiver", "PrecopySource", "Round", "SocketTransport"]

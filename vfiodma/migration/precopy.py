@@ -135,6 +135,7 @@ class PrecopySource:
     def introduce(self, memory: GuestMemory, pgsize: int = 4096) -> None:
         """Tell the destination what will come, so that it can get memory ready."""
         with MemoryLayout(memory, pgsize) as layout, self._failing("introduce"):
+            self._check_cancel()
             self._on_event(Stage("introduce"))
             hello = Hello(pgsize, os.urandom(16), layout.shape, self._offer, os.urandom(16), self._compressions,
                           self._channels)

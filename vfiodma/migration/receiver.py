@@ -36,7 +36,7 @@ class PageReceiver:
     compression : {"auto", "none", "zstd", "lz4"}
         What this side takes: by default all of which the library is installed.
     accept : callable, optional
-        Called with seconds; returns the next connection, for further channels: ``Listener.accept``.
+        Called with seconds; returns the next connection, for further channels and after a break: ``Listener.accept``.
     channels : int
         Channels that this side takes, at most; one without ``accept``.
     journal : Journal, optional
@@ -145,15 +145,14 @@ class PageReceiver:
                     self._channel.send(Kind.STARTED if owner else Kind.ABORTED)
             return self.handover.phase
 
-    def serve(self, accept: Callable[[], Any], breaks: int = 8,
+    def serve(self, wait: float = 30.0, breaks: int = 8,
               on_break: Callable[[VfioError], object] | None = None) -> Phase:
         """Receive and settle, over as many connections as it takes.
 
         Parameters
         ----------
-        accept : callable
-            Returns the next connection's transport, which is closed here; raises MigrationError (ETIMEDOUT) when none
-            comes.
+        wait : float
+            Seconds for the source to come back, where ``accept`` was given.
         breaks : int
             That may follow each other without an epoch between them.
         on_break : callable, optional
@@ -177,14 +176,28 @@ class PageReceiver:
                         return self.handover.phase
                     left = breaks if self.epoch != epoch else left - 1
                     epoch = self.epoch
-                    if self.handover.phase is Phase.ABORTED or left < 0:
+                    if self.handover.phase is Phase.ABORTED or left < 0 or self._accept is None:
                         raise
                     if on_break is not None:
                         on_break(exc)
                 self._channel.close()       # the source is to notice as well
-                self.reconnect(accept())
+                self.reconnect(self._accept(wait))
         finally:
             self._channel.close()
+
+    def linger(self, seconds: float) -> None:
+        """Wait for a source that heard no answer to its RUN, and tell it whose the guest is; once.
+
+        Raises
+        ------
+        MigrationError
+            ETIMEDOUT: nobody came.
+        """
+        if self._accept is None:
+            raise error(errno.EINVAL, "linger", hint="there is no accept= to get a connection from")
+        with contextlib.closing(self._accept(seconds)) as transport, self._telling():
+            self.reconnect(transport)
+            self._receive_hello()
 
     def close(self) -> None:
         """Let the memory go, and close further channels; idempotent."""

@@ -61,6 +61,10 @@ class ByteTransport:
         if not 0 < timeout < 1 << 31:
             raise error(errno.EINVAL, "transport", hint="timeout is a positive number of seconds")
 
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+        raise NotImplementedError
+
     def send(self, parts: Sequence[Any]) -> None:
         """Send all bytes of all parts."""
         self._move(parts, "send")

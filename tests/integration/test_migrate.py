@@ -1,0 +1,119 @@
+"""``vfiodma migrate``: two processes, asked and cancelled from a third."""
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+VFIODMA = [sys.executable, "-m", "vfiodma", "migrate"]
+pytest.importorskip("typer")
+
+
+@pytest.fixture
+def runtime(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+@contextlib.contextmanager
+def started(*arguments):
+    process = subprocess.Popen([*VFIODMA, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def run(*arguments):
+    return subprocess.run([*VFIODMA, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+
+
+def objects(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+SMALL = ["--size", "8M", "--working-set", "1M", "--rate", "8M"]
+
+
+@pytest.mark.parametrize("options", [[], ["--channels", "2", "--compression", "auto"]])
+def test_a_guest_moves_from_one_process_to_another(runtime, options):
+    url = f"unix:{runtime}/guest"
+    with started("serve", url, "--json", "--run-for", "0.2", "--journal", runtime / "there") as there:
+        assert json.loads(there.stdout.readline())["event"] == "listening"
+        sent = run("send", url, *SMALL, "--seed", "7", "--json", "--journal", runtime / "here", *options)
+        assert sent.returncode == 0, sent.stderr
+        events = objects(sent.stdout)
+        out, err = there.communicate(timeout=30)
+        assert there.returncode == 0, err
+    assert [event["name"] for event in events if event["event"] == "stage"][-1] == "given"
+    assert events[-1]["event"] == "migrationresult" and events[-1]["rounds"][-1]["final"]
+    verified, ran = objects(out)
+    assert len(verified["sha256"]) == 64 and ran["writes"] > 0 and not ran["faults"]
+    assert json.loads((runtime / "there").read_text())["phase"] == "OWNER"
+    assert json.loads((runtime / "here").read_text())["state"] == "given"
+
+
+def test_a_migration_is_asked_and_cancelled_and_both_sides_say_so(runtime):
+    url = f"unix:{runtime}/guest"
+    with started("serve", url) as there:
+        assert "waiting at unix:" in there.stdout.readline()
+        with started("send", url, *SMALL, "--bandwidth", "1M") as here:
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
+                known = objects(run("status", "--json").stdout)
+                if {"source", "destination"} <= {each["role"] for each in known} and any(each["total"] for each in known):
+                    break
+            source = next(each for each in known if each["role"] == "source")
+            assert source["pid"] == here.pid and source["url"] == url and source["stage"] == "rounds"
+            shown = run("status", here.pid)
+            assert shown.returncode == 0 and "round 0:" in shown.stdout
+            assert run("cancel", here.pid).returncode == 0
+            _, err = here.communicate(timeout=20)
+            assert here.returncode == 1 and "it was cancelled; the guest runs on here" in err
+        _, err = there.communicate(timeout=20)
+        assert there.returncode == 1 and "the source keeps the guest" in err
+    gone = run("status")
+    assert gone.returncode == 1 and "no migration of this user runs" in gone.stderr
+
+
+def test_a_source_that_is_killed_leaves_a_destination_that_never_runs_the_guest(runtime):
+    url = f"unix:{runtime}/guest"
+    with started("serve", url, "--timeout", "1", "--journal", runtime / "there") as there:
+        there.stdout.readline()
+        with started("send", url, *SMALL, "--bandwidth", "1M") as here:
+            deadline = time.monotonic() + 20
+            while not (runtime / "there").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            os.kill(here.pid, signal.SIGKILL)
+            here.wait(10)
+        there.wait(60)
+        assert there.returncode == 1
+    assert json.loads((runtime / "there").read_text())["phase"] == "RECEIVING"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["send", "unix:/nowhere/socket", *SMALL], "unix:/nowhere/socket"),
+    (["send", "nonsense", *SMALL], "none of unix:/path"),
+    (["send", "tcp://192.0.2.1:9", *SMALL], "in the clear"),
+    (["send", "unix:/nowhere/socket", *SMALL, "--checksum", "md5"], "a checksum is"),
+    (["serve", "unix:/nowhere/socket"], "/nowhere/socket"),
+    (["serve", "tls://127.0.0.1:0"], "certificates"),
+    (["status", "/nowhere/socket"], "no migration answers"),
+    (["cancel", "/nowhere/socket"], "no migration answers"),
+])
+def test_what_can_not_be_is_one_line_and_status_1(runtime, arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_somebody_elses_folder_is_not_trusted(runtime):
+    (runtime / "vfiodma").mkdir(mode=0o777)
+    (runtime / "vfiodma").chmod(0o777)
+    done = run("status")
+    assert done.returncode == 1 and "XDG_RUNTIME_DIR" in done.stderr
