@@ -2,6 +2,7 @@
 import os
 import signal
 import socket
+import time
 
 import pytest
 from shared_container import SharedContainer
@@ -17,15 +18,15 @@ MAPPINGS = 6
 
 
 class Killer:
-    """Ends this process before its n-th step: a socket call, or a change of the container."""
+    """Ends (or stops) this process before its n-th step: a socket call, or a change of the container."""
 
-    def __init__(self, at):
-        self.left = at
+    def __init__(self, at, end=signal.SIGKILL):
+        self.left, self.end = at, end
 
     def step(self):
         self.left -= 1
         if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.end)
 
     def install(self, container=SharedContainer):
         container.step = staticmethod(self.step)
@@ -47,7 +48,7 @@ def owns(ioas, memory, container):
     return good
 
 
-def old_process(sock, other, kill, timeout):
+def old_process(sock, other, kill, timeout, end=signal.SIGKILL):
     other.close()
     container = SharedContainer()
     memory = GuestMemory.memfd(16 * PAGE)
@@ -56,7 +57,7 @@ def old_process(sock, other, kill, timeout):
         memory.write(at * PAGE, at.to_bytes(8, "little"))
         ioas.map(memory, 0x100000 + at * 3 * PAGE, offset=at * PAGE, size=PAGE)
     if kill:
-        Killer(kill).install()
+        Killer(kill, end).install()
     try:
         times = UpdateOffer(sock, ioas, memory, freeze=lambda: b"last words", timeout=timeout).hand_over()
     except VfioError as exc:
@@ -65,16 +66,19 @@ def old_process(sock, other, kill, timeout):
     return {"handed over": True, "mappings": times.mappings, "closed": ioas.closed}
 
 
-def new_process(sock, other, kill, timeout):
+def new_process(sock, other, kill, timeout, end=signal.SIGKILL):
     other.close()
+    killer = Killer(kill, end)
     if kill:
-        Killer(kill).install()
+        killer.install()
     held = set(os.listdir("/proc/self/fd"))
     try:
         taken = UpdateTaker(sock, timeout=timeout, adopt=SharedContainer.adopt).take_over()
     except VfioError as exc:
-        return {"taken": False, "error": str(exc), "leaked": len(set(os.listdir("/proc/self/fd")) - held)}
-    return {"taken": True, "owner": owns(taken.ioas, taken.memory, taken.ioas.backend), "state": taken.state.decode()}
+        leaked = len(set(os.listdir("/proc/self/fd")) - held)
+        return {"taken": False, "error": str(exc), "left": killer.left, "leaked": leaked}
+    return {"taken": True, "owner": owns(taken.ioas, taken.memory, taken.ioas.backend), "state": taken.state.decode(),
+            "left": killer.left}
 
 
 def run(kill_old=0, kill_new=0, timeout=5.0):
@@ -89,7 +93,7 @@ def run(kill_old=0, kill_new=0, timeout=5.0):
 def test_everything_goes_to_the_new_process():
     old, _, new, _ = run()
     assert old == {"handed over": True, "mappings": MAPPINGS, "closed": True}
-    assert new == {"taken": True, "owner": True, "state": "last words"}
+    assert new == {"taken": True, "owner": True, "state": "last words", "left": 0}
 
 
 def test_a_new_process_killed_at_any_step_leaves_the_old_one_as_it_was(record_property):
@@ -122,6 +126,45 @@ def test_an_old_process_killed_at_any_step_leaves_one_owner_or_a_new_process_tha
             assert not new["leaked"], (at, new)
     record_property("steps", at - 1)
     assert at > 8 and taken
+
+
+def test_a_new_process_that_stops_at_any_step_is_killed_and_the_old_one_goes_on():
+    for at in range(1, 200):
+        one, other = socket.socketpair()
+        old = fork(old_process, one, other, 0, 0.2)
+        new = fork(new_process, other, one, at, 5.0, signal.SIGSTOP)
+        one.close()
+        other.close()
+        result, status = answer(old)
+        os.kill(new[0], signal.SIGCONT)     # it may have been killed: nobody has waited for it
+        seen, ended = answer(new)
+        taken = ended == 0 and seen["taken"]
+        assert status == 0 and taken == result["handed over"] == (not result.get("owner")), (at, result, seen)
+        if ended == 0 and seen["left"] > 0:
+            break
+    assert at > 2 * MAPPINGS
+
+
+def test_an_old_process_that_stops_at_any_step_and_comes_back_leaves_one_owner():
+    took = 0
+    for at in range(1, 200):
+        one, other = socket.socketpair()
+        old = fork(old_process, one, other, at, 5.0, signal.SIGSTOP)
+        new = fork(new_process, other, one, 0, 0.1)
+        one.close()
+        other.close()
+        if os.WIFEXITED(os.waitpid(old[0], os.WUNTRACED)[1]):
+            os.close(old[1])
+            seen, _ = answer(new)
+            assert seen["taken"] and seen["owner"]
+            break
+        time.sleep(0.3)                 # longer than the new process waits
+        os.kill(old[0], signal.SIGCONT)
+        (result, _), (seen, status) = answer(old), answer(new)
+        taken = status == 0 and seen["taken"]
+        assert taken != bool(result.get("owner")), (at, result, seen)
+        took += taken
+    assert at > 8 and took
 
 
 @pytest.mark.parametrize("side", ["old", "new"])

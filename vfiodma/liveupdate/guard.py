@@ -22,15 +22,19 @@ class Guard:
     """
 
     def __init__(self, peer: Peer | None) -> None:
-        self._fd = -1
+        self._fd, self._gone = -1, False
         if peer is not None and peer.pid != os.getpid():
-            with contextlib.suppress(OSError):
+            try:
                 self._fd = os.pidfd_open(peer.pid)
+            except ProcessLookupError:
+                self._gone = True
+            except OSError:
+                pass                        # an old kernel, or no descriptor left: it can't be stopped
 
     def stop(self, seconds: float = 10.0) -> bool:
         """Kill it and wait until it is gone; return whether it is."""
         if self._fd < 0:
-            return False
+            return self._gone
         with contextlib.suppress(ProcessLookupError, PermissionError):
             signal.pidfd_send_signal(self._fd, signal.SIGKILL)
         poll = select.poll()

@@ -117,20 +117,17 @@ class UpdateOffer:
             report.check()
             start = time.monotonic()
             handoff = VaddrHandoff(self._ioas, self._memory) if report.way == "vaddr" else None
-            with self._offer(report.way) as guard:
-                ready = time.monotonic()
+            with contextlib.ExitStack() as steps:
                 try:
+                    guard = steps.enter_context(self._offer(report.way))
+                    ready = time.monotonic()
                     last = b"" if self._freeze is None else self._freeze()
                     frozen = time.monotonic()
                     if handoff is not None:
                         self._handoff = handoff
                         handoff.invalidate()
                 except BaseException as exc:
-                    with contextlib.suppress(VfioError):
-                        self._link.send(Kind.FAILED, str(exc).encode()[:4096])
-                    if self._handoff is not None:
-                        with contextlib.suppress(VfioError):        # EINVAL: they are still valid
-                            self._handoff.restore(self._memory)
+                    self._give_up(exc)
                     raise
                 invalid = time.monotonic()
                 self._finish(guard, last, report.mappings)
@@ -141,6 +138,14 @@ class UpdateOffer:
         return UpdateTimes(report.mappings, ready - start, frozen - ready, invalid - frozen, done - invalid,
                            time.monotonic() - done)
 
+    def _give_up(self, exc: BaseException) -> None:
+        """The new process was not told to go on: it has nothing, and need not wait."""
+        with contextlib.suppress(VfioError):
+            self._link.send(Kind.FAILED, str(exc).encode()[:4096])
+        if self._handoff is not None:
+            with contextlib.suppress(VfioError):        # EINVAL: they are still valid
+                self._handoff.restore(self._memory)
+
     def _offer(self, way: str) -> Guard:
         """Send everything and wait until the new process has checked it."""
         offered, table = describe(self._ioas, self._memory, way, self._fds)
@@ -149,7 +154,11 @@ class UpdateOffer:
         finally:
             os.close(table)
         self._answer(Kind.READY, offered.body["mappings"])
-        return Guard(self._link.peer)
+        guard = Guard(self._link.peer)
+        if self._link.hung_up():            # its PID may be another process's already
+            guard.close()
+            raise MigrationError(errno.ECONNRESET, operation="live_update", hint="the new process went away")
+        return guard
 
     def _answer(self, kind: Kind, mappings: int) -> None:
         _, body, fds = self._link.receive(kind)

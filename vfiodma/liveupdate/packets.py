@@ -10,8 +10,9 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 from .._core.errno import error
 from ..errors import MigrationError
@@ -129,12 +130,20 @@ class Link:
         deadline = time.monotonic() + self.timeout
         data = memoryview(_HEADER.pack(MAGIC, VERSION, kind, len(body), len(fds), 0) + body)
         while data:
-            data = data[self._try(deadline, lambda data=data: self.sock.send(data, socket.MSG_NOSIGNAL)):]
+            data = data[self._try(deadline, partial(self.sock.send, data, socket.MSG_NOSIGNAL)):]
         for at in range(0, len(fds), _BATCH):
             batch = list(fds[at:at + _BATCH])
-            self._try(deadline, lambda batch=batch: socket.send_fds(self.sock, [b"f"], batch, socket.MSG_NOSIGNAL))
+            self._try(deadline, partial(socket.send_fds, self.sock, [b"f"], batch, socket.MSG_NOSIGNAL))
 
-    def receive(self, *kinds: Kind) -> tuple[Kind, bytes, Fds]:
+    def hung_up(self) -> bool:
+        """Whether the peer has closed its end, and sent nothing more."""
+        self.sock.settimeout(0.0)
+        try:
+            return not self.sock.recv(1, socket.MSG_PEEK)
+        except OSError as exc:
+            return not isinstance(exc, BlockingIOError)
+
+    def receive(self, *kinds: Kind, for_ever: bool = False) -> tuple[Kind, bytes, Fds]:
         """Receive a message of one of these kinds; the caller owns the descriptors.
 
         Raises
@@ -145,7 +154,7 @@ class Link:
         ProtocolError
             EPROTO: not a message, or not one that may come now.
         """
-        deadline = time.monotonic() + self.timeout
+        deadline = None if for_ever else time.monotonic() + self.timeout
         magic, version, kind, size, nfds, zero = _HEADER.unpack(self._bytes(deadline, _HEADER.size))
         if magic != MAGIC:
             raise error(errno.EPROTO, "live_update", hint="the peer speaks another protocol")
@@ -168,12 +177,12 @@ class Link:
             raise
         return Kind(kind), body, fds
 
-    def _bytes(self, deadline: float, size: int) -> bytes:
+    def _bytes(self, deadline: float | None, size: int) -> bytes:
         parts = []
         while size:
             # Room for credentials only: the kernel closes descriptors that come uncalled for.
-            data, ancillary, flags, _ = self._try(deadline, lambda size=size: self.sock.recvmsg(
-                size, socket.CMSG_SPACE(12), socket.MSG_CMSG_CLOEXEC))
+            data, ancillary, flags, _ = self._try(deadline, partial(
+                self.sock.recvmsg, size, socket.CMSG_SPACE(12), socket.MSG_CMSG_CLOEXEC))
             self._look(ancillary, Fds(), 0)
             if flags & socket.MSG_CTRUNC:
                 raise error(errno.EPROTO, "live_update", hint="descriptors that were not announced")
@@ -183,9 +192,9 @@ class Link:
             size -= len(data)
         return b"".join(parts)
 
-    def _descriptors(self, deadline: float, fds: Fds, count: int) -> None:
+    def _descriptors(self, deadline: float | None, fds: Fds, count: int) -> None:
         space = socket.CMSG_SPACE(4 * _BATCH) + socket.CMSG_SPACE(12)
-        data, ancillary, flags, _ = self._try(deadline, lambda: self.sock.recvmsg(1, space, socket.MSG_CMSG_CLOEXEC))
+        data, ancillary, flags, _ = self._try(deadline, partial(self.sock.recvmsg, 1, space, socket.MSG_CMSG_CLOEXEC))
         before = len(fds)
         self._look(ancillary, fds, count)
         if flags & socket.MSG_CTRUNC:
@@ -210,14 +219,12 @@ class Link:
             fds.close()
             raise error(errno.EPROTO, "live_update", hint="descriptors that were not announced")
 
-    def _try(self, deadline: float, call):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise self._lost(errno.ETIMEDOUT)
-        self.sock.settimeout(left)
+    def _try(self, deadline: float | None, call: Callable[[], Any]) -> Any:
+        # What is there already is taken even when this process was stopped for longer than the peer may be silent.
+        self.sock.settimeout(None if deadline is None else max(deadline - time.monotonic(), 0.0))
         try:
             return call()
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise self._lost(errno.ETIMEDOUT) from None
         except OSError as exc:
             raise self._lost(errno.ECONNRESET if exc.errno in (None, errno.EPIPE) else exc.errno) from None

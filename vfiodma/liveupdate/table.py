@@ -83,7 +83,7 @@ def unpack_regions(data: Any) -> list[RegionRecord]:
         if not 0 < kind < len(_KINDS) or not 0 < prot <= 3 or mmio > 1 or zero:
             raise _bad(f"region {len(records)} is of an unknown kind")
         if pgsize < mmap.PAGESIZE or pgsize & (pgsize - 1) or not size or (size | offset) & (pgsize - 1) or \
-                gpa & (mmap.PAGESIZE - 1) or size + offset > 1 << 63 or gpa + size > 1 << 64:
+                gpa & (mmap.PAGESIZE - 1) or size + offset >= 1 << 63 or gpa + size > 1 << 64:
             raise _bad(f"region {len(records)} has no such place or size")
         if records and gpa < records[-1].gpa + records[-1].size:
             raise _bad(f"region {len(records)} overlaps the one before it, or is out of order")

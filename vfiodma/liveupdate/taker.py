@@ -167,7 +167,8 @@ class UpdateTaker:
 
         Notes
         -----
-        An old process that dies once it has invalidated its vaddrs leaves everything to this one.
+        An old process that dies once it has told this one to go on leaves everything to it.  The last step waits
+        without a limit: until the old process has let go, or is gone, it may still kill this one and go on itself.
         """
         _, body, fds = self._link.receive(Kind.OFFER)
         with fds, self._telling():
@@ -181,10 +182,11 @@ class UpdateTaker:
         except BaseException:
             prepared.drop()
             raise
-        # This process has it all now: nobody else restores anything unless this one is dead.
+        # The old process restores nothing from here on unless it has killed this one, which it may do until it says
+        # that it has seen the end: it may have been stopped meanwhile.  That is waited for, or the old one's own end.
         with contextlib.suppress(MigrationError):
             self._link.send(Kind.DONE, b"%d" % prepared.mappings)
-            self._link.receive(Kind.YOURS)
+            self._link.receive(Kind.YOURS, for_ever=True)
         return prepared.taken(state)
 
     @contextlib.contextmanager
