@@ -22,7 +22,8 @@ def runtime(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def started(*arguments):
-    process = subprocess.Popen([*VFIODMA, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*VFIODMA, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
     try:
         yield process
     finally:
@@ -67,7 +68,7 @@ def test_a_migration_is_asked_and_cancelled_and_both_sides_say_so(runtime):
             deadline = time.monotonic() + 20
             while time.monotonic() < deadline:
                 known = objects(run("status", "--json").stdout)
-                if {"source", "destination"} <= {each["role"] for each in known} and any(each["total"] for each in known):
+                if len(known) == 2 and any(each["total"] for each in known):
                     break
             source = next(each for each in known if each["role"] == "source")
             assert source["pid"] == here.pid and source["url"] == url and source["stage"] == "rounds"
