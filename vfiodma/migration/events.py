@@ -2,6 +2,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from .convergence import DowntimeBreakdown, Forecast
+
 
 @dataclass
 class Progress:
@@ -25,6 +27,10 @@ class Round:
     bandwidth: float            #: bytes/s on the wire
     predicted_downtime: float | None    #: seconds, if the devices had been stopped after it; None for the last
     final: bool = False
+    band: tuple[float, float] | None = None     #: seconds; where 9 of 10 such downtimes should be
+    limit: float = 0.0              #: seconds of downtime allowed; it may rise from round to round
+    dirty_rate: float = 0.0         #: bytes/s written into pages that were clean
+    reason: str = ""                #: why another round follows, or none
 
 
 @dataclass
@@ -63,19 +69,22 @@ class MigrationResult:
     rounds: list[Round] = field(default_factory=list)
     downtime: float = 0.0           #: seconds from stopping the devices to the destination's last acknowledgement
     predicted_downtime: float = 0.0
-    converged: bool = True          #: False: max_rounds were over and the limit was out of reach
+    band: tuple[float, float] = (0.0, 0.0)
+    limit: float = 0.0              #: seconds; of the last decision
+    breakdown: DowntimeBreakdown = field(default_factory=DowntimeBreakdown)
+    converged: bool = True          #: False: rounds or time were over and the limit was out of reach
     bytes: int = 0
     seconds: float = 0.0
     breaks: int = 0                 #: connections that were lost on the way
 
 
-Event = Progress | Round | Stage | Broken | Resumed | Throttled | MigrationResult
+Event = Progress | Round | Stage | Broken | Resumed | Throttled | Forecast | MigrationResult
 
 
 def summary(event: Event) -> dict[str, Any]:
     """Return an event as a dict for JSON, its kind under ``"event"``."""
     from dataclasses import asdict
 
-    values = {name: value if isinstance(value, int | float | str | list | dict | None) else str(value)
+    values = {name: value if isinstance(value, int | float | str | list | tuple | dict | None) else str(value)
               for name, value in (asdict(event) if not isinstance(event, Broken) else {"error": event.error}).items()}
     return {"event": type(event).__name__.lower(), **values}

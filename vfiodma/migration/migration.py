@@ -11,6 +11,7 @@ from .._core.errno import error
 from ..address_space import IoAddressSpace
 from ..errors import MigrationError
 from ..memory import GuestMemory
+from .device_group import DeviceStates
 from .events import Event, MigrationResult, Progress
 from .layout import MemoryLayout
 from .precopy import Machine, PrecopySource, Tracker
@@ -36,6 +37,8 @@ class Migration:
         Called with the MemoryLayout, instead of ``ioas``; returns the Tracker.
     states : mapping of str to bytes, optional
         Named states that go first.
+    devices : DeviceStates, optional
+        VFIO devices whose state goes along.
     verify : bool
         Compare the SHA-256 of all memory before the guest is given away: time in which it stands still.
     on_event : callable, optional
@@ -61,7 +64,8 @@ class Migration:
 
     def __init__(self, target: "str | Callable[[], Any]", memory: GuestMemory, machine: Machine, *,
                  ioas: IoAddressSpace | None = None, tracker: Callable[[MemoryLayout], Tracker] | None = None,
-                 states: Mapping[str, bytes] | None = None, verify: bool = False,
+                 states: Mapping[str, bytes] | None = None, devices: DeviceStates | None = None,
+                 verify: bool = False,
                  on_event: Callable[[Event], object] | None = None,
                  transport_options: Mapping[str, Any] | None = None, **options: Any) -> None:
         if (ioas is None) == (tracker is None):
@@ -69,6 +73,7 @@ class Migration:
         self._connect: Callable[[], Any] = target if callable(target) else (
             lambda: connect(target, **(transport_options or {})))
         self._memory, self._machine, self._states, self._verify = memory, machine, states, verify
+        self._devices = devices
         self._pgsize = 4096 if ioas is None else ioas.pgsize
         self._make_tracker: Callable[[MemoryLayout], Tracker] = tracker or partial(
             DirtyTracker, cast(IoAddressSpace, ioas))
@@ -166,7 +171,8 @@ class Migration:
                 elif self._paused:
                     source.pause()
             source.introduce(self._memory, self._pgsize)
-            result = source.migrate(layout, self._make_tracker(layout), self._machine, self._states)
+            result = source.migrate(layout, self._make_tracker(layout), self._machine, self._states,
+                                    self._devices)
             if self._verify:
                 here, there = source.verify(layout)
                 if here != there:

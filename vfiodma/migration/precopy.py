@@ -15,8 +15,9 @@ from . import stream
 from .bandwidth import BandwidthLimit
 from .channel import FrameChannel, gave_up
 from .compression import offer as offer_compression
-from .convergence import Convergence, Policy, Sample, Step
-from .events import Broken, Event, MigrationResult, Progress, Resumed, Round, Stage
+from .convergence import Convergence, DowntimeBreakdown, Policy, Sample, Step
+from .device_group import DeviceStates
+from .events import Broken, Event, MigrationResult, Progress, Resumed, Round, Stage, Throttled
 from .handover import Journal, SourceHandover, SourceState
 from .joining import close_channels, connect_channels
 from .layout import MemoryLayout
@@ -67,6 +68,11 @@ class PrecopySource:
         Seconds that the devices may stand still.
     max_rounds : int
         Rounds with running devices, at most.
+    policy : Policy, optional
+        Instead of both: what is wanted in detail (ramp of the limit, time-out, throttle, ...).
+    throttle : callable, optional
+        Called with the share of its speed (0 to 0.99) that the guest is to give up, whenever that changes; needs
+        ``Policy.throttle_max``.
     checksum : {"auto", "xxh3", "crc32", "none"}
         What protects the bytes on their way: by default xxh3 where both sides have the library ``xxhash``, else CRC-32.
         "none" must be asked for on both sides, and is for transports that protect bytes themselves.
@@ -101,13 +107,13 @@ class PrecopySource:
     """
 
     def __init__(self, transport: Any, *, downtime_limit: float = 0.3, max_rounds: int = 16,
+                 policy: Policy | None = None, throttle: Callable[[float], object] | None = None,
                  checksum: str = "auto", compression: str = "none", channels: int = 1,
                  bandwidth_limit: float | None = None, connect: Callable[[], Any] | None = None,
                  reconnect_timeout: float = 30.0,
                  journal: Journal | None = None, on_event: Callable[[Event], object] | None = None) -> None:
-        if downtime_limit <= 0 or max_rounds < 1 or reconnect_timeout < 0:
-            raise error(errno.EINVAL, "migrate", hint="downtime_limit is above 0, max_rounds at least 1, "
-                        "reconnect_timeout not negative")
+        if reconnect_timeout < 0:
+            raise error(errno.EINVAL, "migrate", hint="reconnect_timeout is not negative")
         if not 1 <= channels <= stream.MAX_CHANNELS or (channels > 1 and connect is None):
             raise error(errno.EINVAL, "migrate", hint=f"channels is 1 ... {stream.MAX_CHANNELS}; more than one need "
                         "`connect`")
@@ -121,7 +127,10 @@ class PrecopySource:
         self._opened: list[Any] = []        # transports of connect()
         self._journal = journal or Journal()
         self._on_event = on_event or (lambda _: None)
-        self.convergence = Convergence(Policy(downtime_limit, max_rounds))
+        self.convergence = Convergence(policy or Policy(downtime_limit, max_rounds))
+        self._throttle, self._throttled = throttle or (lambda _: None), 0.0
+        self._devices: DeviceStates | None = None      # while they save their states
+        self._began = 0.0
         self.handover = SourceHandover(Journal(), "")
         self.ledger: Ledger | None = None
         self._hello: Hello | None = None
@@ -144,7 +153,7 @@ class PrecopySource:
             self._hello = hello
 
     def migrate(self, layout: MemoryLayout, tracker: Tracker, machine: Machine,
-                states: Mapping[str, bytes] | None = None) -> MigrationResult:
+                states: Mapping[str, bytes] | None = None, devices: DeviceStates | None = None) -> MigrationResult:
         """Move everything; the devices stand still afterwards, here and there.
 
         Parameters
@@ -157,18 +166,23 @@ class PrecopySource:
             The devices.
         states : mapping of str to bytes, optional
             Named states that go first.
+        devices : DeviceStates, optional
+            VFIO devices whose state goes along, while they run and when they stand still.
 
         Raises
         ------
         MigrationError
-            It failed (ECANCELED: by ``cancel``); the devices run on here.
+            It failed (ECANCELED: by ``cancel``; ETIME: the policy's time is over); the devices run on here.
         """
         if self._hello is None or (layout.pgsize, layout.shape) != (self._hello.pgsize, self._hello.blocks):
             raise error(errno.EINVAL, "migrate", hint="the memory is not the one that was introduced")
         if self.ledger is not None:
             raise error(errno.EINVAL, "migrate", hint="a source migrates once: make another one")
+        if devices is not None:
+            devices.preflight()
         self.ledger, self._machine = Ledger(layout.nbits, layout.pgsize), machine
         result, began = MigrationResult(), time.perf_counter()
+        self._began = began
         try:
             with self._failing("migrate"):
                 tracker.start()
@@ -177,6 +191,9 @@ class PrecopySource:
             while True:
                 try:
                     with self._failing("migrate"):
+                        if devices is not None:
+                            devices.start()
+                            self._devices = devices
                         self._rounds(layout, tracker, states or {}, result)
                         self._switch_over(layout, tracker, machine, result)
                     break
@@ -191,6 +208,7 @@ class PrecopySource:
             raise
         finally:
             tracker.stop()
+            self._tell_throttle(0.0)
         result.bytes, result.seconds = self._bytes + self._sent(), time.perf_counter() - began
         self._on_event(Stage("moved"))
         return result
@@ -295,14 +313,39 @@ class PrecopySource:
         while step is Step.CONTINUE:
             done = self._round(layout, tracker, {} if result.rounds else states)
             result.rounds.append(done)
-            decision = self.convergence.decide(sum(done.seconds for done in result.rounds))
-            step, done.predicted_downtime = decision.step, decision.prediction.total
+            loading = self._expect_device_states()
+            decision = self.convergence.decide(time.perf_counter() - self._began)
+            prediction, step = decision.prediction, decision.step
+            done.predicted_downtime, done.band = prediction.total, (prediction.low, prediction.high)
+            done.limit, done.dirty_rate, done.reason = decision.limit, self.convergence.dirty_rate, decision.reason
             self._on_event(done)
+            if step is Step.CANCEL:
+                raise MigrationError(errno.ETIME, operation="migrate", hint=f"{decision.reason}: "
+                                     f"{self.convergence.forecast()}; the guest runs on here")
+            self._tell_throttle(decision.throttle)
             if not prepared:
+                self._on_event(self.convergence.forecast())
                 self._prepare()
                 prepared = True
-        result.predicted_downtime = decision.prediction.total
-        result.converged = step is Step.SWITCH
+            if loading and step is Step.SWITCH and self.convergence.rounds < self.convergence.policy.max_rounds:
+                step = Step.CONTINUE        # devices have told that they are not ready to be stopped
+        result.predicted_downtime, result.band = prediction.total, (prediction.low, prediction.high)
+        result.limit, result.converged = decision.limit, step is Step.SWITCH
+
+    def _expect_device_states(self) -> bool:
+        """Tell the estimator what devices have left; return whether some have bytes to be read before a stop."""
+        if self._devices is None:
+            return False
+        pending = self._devices.pending()
+        left = pending.initial_bytes + pending.dirty_bytes
+        self.convergence.costs.device_bytes = left if pending.final_bytes is None else pending.final_bytes
+        return pending.initial_bytes > 0
+
+    def _tell_throttle(self, share: float) -> None:
+        if share != self._throttled:
+            self._throttled = share
+            self._throttle(share)
+            self._on_event(Throttled(share))
 
     def _prepare(self) -> None:
         """Wait until the destination could take the guest; devices run."""
@@ -317,10 +360,19 @@ class PrecopySource:
         down = time.perf_counter()
         self.handover.stop()
         machine.stop()
+        if self._devices is not None:
+            self._devices.quiesce()
+        stopped = time.perf_counter()
         tracker.harvest(self.ledger.pending)
-        result.rounds.append(self._round(layout, None, machine.state()))
-        result.downtime = time.perf_counter() - down
-        self._on_event(result.rounds[-1])
+        scanned = time.perf_counter()
+        done = self._round(layout, None, machine.state())
+        end = time.perf_counter()
+        result.downtime = end - down
+        result.breakdown = DowntimeBreakdown(stopped - down, scanned - stopped, self._sent_at - self._state_at,
+                                             self._state_at - scanned, end - self._sent_at)
+        self.convergence.costs.learn(result.breakdown)
+        result.rounds.append(done)
+        self._on_event(done)
 
     def _round(self, layout: MemoryLayout, tracker: Tracker | None, states: Mapping[str, bytes]) -> Round:
         """Send everything pending as one epoch; without a tracker nothing runs, and it is the last one."""
@@ -328,8 +380,14 @@ class PrecopySource:
         began, before, epoch = time.perf_counter(), self._sent(), self._epoch
         for name, data in states.items():
             self._channel.send(Kind.STATE, stream.encode_state(name, data), epoch=epoch)
+        if self._devices is not None:
+            for name, chunk in self._devices.chunks() if tracker else self._devices.final_chunks():
+                self.limit.spend(len(chunk), self._check_cancel)
+                self._channel.send(Kind.STATE, stream.encode_state_name(name), chunk, epoch=epoch)
+        state = time.perf_counter()
         totals = self._sender.send(self.ledger.take(), epoch)
         sent = time.perf_counter()
+        self._state_at, self._sent_at = state, sent
         self._channel.send(Kind.END, stream.encode_totals(totals), epoch=epoch, flags=0 if tracker else stream.FINAL)
         if stream.decode_totals(self._channel.answer(Kind.ACK, epoch=epoch)[1]) != totals:
             raise stream.damaged(f"the acknowledgement of epoch {epoch} has other totals")
@@ -343,7 +401,7 @@ class PrecopySource:
         if tracker is not None:
             harvested = time.perf_counter()
             self.convergence.observe(Sample(
-                nbytes, sent - began, dirty * layout.pgsize, harvested - began, totals.pages * layout.pgsize,
+                nbytes, sent - state, dirty * layout.pgsize, harvested - began, totals.pages * layout.pgsize,
                 totals.zero_pages * layout.pgsize, acked - sent, harvested - acked))
         return Round(epoch, totals.pages, totals.zero_pages, nbytes, seconds, dirty, nbytes / seconds, None,
                      final=tracker is None)
@@ -363,14 +421,25 @@ class PrecopySource:
         return not self._running.is_set() and self.handover.state is SourceState.RUNNING
 
     def _check_cancel(self) -> None:
+        if self._began and self.convergence.policy.on_timeout == "cancel" and self.convergence.expired(
+                time.perf_counter() - self._began) and self.handover.state is SourceState.RUNNING:
+            raise MigrationError(errno.ETIME, operation="migrate", hint="the time is over; the guest runs on here")
         if self._cancelled.is_set():
             raise MigrationError(errno.ECANCELED, operation="migrate", hint="it was cancelled; the guest runs on here")
 
     def _stay(self) -> None:
         """The guest runs on here, if it was stopped."""
-        if self.handover.state is SourceState.STOPPED and self._machine is not None:
+        stopped = self.handover.state is SourceState.STOPPED
+        if stopped:
             self.handover.resume()
+        self._resume_devices()
+        if stopped and self._machine is not None:
             self._machine.resume()
+
+    def _resume_devices(self) -> None:
+        devices, self._devices = self._devices, None
+        if devices is not None:
+            devices.resume()
 
     # Connections
 
@@ -470,6 +539,7 @@ class PrecopySource:
         if phase is Phase.OWNER:
             self._on_event(Stage("given"))
             return
+        self._resume_devices()
         if self._machine is not None:
             self._machine.resume()
         raise MigrationError(errno.ECANCELED, operation="release",

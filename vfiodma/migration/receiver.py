@@ -13,6 +13,7 @@ from . import stream
 from .channel import FrameChannel
 from .compression import agree as agree_on_compression
 from .compression import offer as offer_compression
+from .device_group import DeviceSinks
 from .handover import DestinationHandover, Journal
 from .intake import ChannelIntake, open_boards, take_epoch
 from .joining import accept_channels, close_channels
@@ -41,6 +42,9 @@ class PageReceiver:
         Channels that this side takes, at most; one without ``accept``.
     journal : Journal, optional
         Where it is written down whose the guest is, so that a restarted process knows; by default in this object only.
+    devices : DeviceSinks, optional
+        The VFIO devices that take over the state of the source's.  They stand still, loaded, when the memory is
+        complete; ``devices.run()`` is the caller's, when the guest is owned.
     on_state : callable, optional
         Called with (name, bytes) of each state; again with a newer one, when the source had to go on.
     on_prepare : callable, optional
@@ -70,7 +74,7 @@ class PageReceiver:
     def __init__(self, transport: Any, make_memory: Callable[[Hello], GuestMemory], *, fresh: bool = False,
                  checksum: str = "auto", compression: str = "auto",
                  accept: Callable[[float], Any] | None = None, channels: int = 8, journal: Journal | None = None,
-                 on_state: Callable[[str, bytes], object] | None = None,
+                 devices: DeviceSinks | None = None, on_state: Callable[[str, bytes], object] | None = None,
                  on_prepare: Callable[[], object] | None = None,
                  on_switch: Callable[[], object] | None = None) -> None:
         self._make_memory = make_memory
@@ -82,6 +86,7 @@ class PageReceiver:
         self._further: list[FrameChannel] = []
         self._boards: list[PageBoard] = []
         self._intakes: list[ChannelIntake] = []
+        self._devices = devices
         self._on_state = on_state or (lambda *_: None)
         self._on_prepare = on_prepare or (lambda: None)
         self._on_switch = on_switch or (lambda: None)
@@ -113,6 +118,8 @@ class PageReceiver:
             while not self.complete:
                 final = self._receive_epoch(layout)
                 if final:
+                    if self._devices is not None:
+                        self._devices.load()
                     self._on_switch()
                     self.handover.complete()
                 self.epoch += 1
@@ -250,6 +257,8 @@ class PageReceiver:
         self.handover.begin(hello.stream_id.hex())
         self.layout, self._hello = layout, hello
         self._boards = open_boards(layout, self._fresh)
+        if self._devices is not None:
+            self._devices.prepare()
 
     def _receive_epoch(self, layout: MemoryLayout) -> bool:
         """Receive frames up to END; return whether it was the final one."""
@@ -289,10 +298,13 @@ class PageReceiver:
         return final
 
     def _receive_state(self, body: memoryview) -> None:
+        name, data = stream.decode_state(body)
+        if self._devices is not None and self._devices.take(name, data):
+            return
         self._state_bytes += len(body)
         if self._state_bytes > stream.MAX_STATES:
             raise damaged(f"states of more than {stream.MAX_STATES} bytes")
-        self._on_state(*stream.decode_state(body))
+        self._on_state(name, data)
 
     def _abort(self) -> None:
         self.handover.abort()

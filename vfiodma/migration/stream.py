@@ -335,8 +335,13 @@ def decode_totals(body: Any) -> Totals:
 
 def encode_state(name: str, data: bytes) -> bytes:
     """Return the body of STATE."""
+    return encode_state_name(name) + data
+
+
+def encode_state_name(name: str) -> bytes:
+    """Return what the body of STATE begins with; its bytes follow."""
     encoded = name.encode()
-    return struct.pack("<H", len(encoded)) + encoded + data
+    return struct.pack("<H", len(encoded)) + encoded
 
 
 def decode_state(body: Any) -> tuple[str, bytes]:
