@@ -21,7 +21,7 @@ _HOME = {
     "IommufdContainer": "backends.iommufd",
     "open_backend": "backends",
     "VfioDevice": "devices.pci", "EduDriver": "devices.edu_driver",
-    "VaddrHandoff": "liveupdate",
+    "VaddrHandoff": "liveupdate", "UpdateOffer": "liveupdate", "UpdateTaker": "liveupdate",
     "DirtyTracker": "migration.tracker", "PrecopySource": "migration.precopy", "PageReceiver": "migration.receiver",
     "Capabilities": "types", "DeviceLocation": "types",
     "DmaFault": "types", "IovaRange": "types", "Mapping": "types", "Prot": "types",

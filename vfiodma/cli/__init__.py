@@ -12,6 +12,7 @@ COMMANDS: "dict[str, tuple[str, str] | dict[str, tuple[str, str]]]" = {
     "migrate": {"serve": ("migrate", "serve"), "send": ("migrate", "send"), "status": ("migrate", "status"),
                 "cancel": ("migrate", "cancel")},
     "probe": ("probe", "probe"),
+    "update": ("update", "update"),
 }
 #: What a group of commands is for.
 HELP = {"migrate": "Move a guest to another process or machine."}
