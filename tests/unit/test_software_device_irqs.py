@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from software_card import Card
 from software_device import Opened, fails, opened
 
+from vfiodma import VfioDevice
 from vfiodma.devices.edu import EduDevice
 from vfiodma.errors import VfioError
 from vfiodma.uapi import vfio as abi
@@ -404,3 +405,20 @@ def test_an_eventfd_can_have_the_device_raise_an_interrupt(eventfd):
         assert os.eventfd_read(answer) == 1                     # still raised
     for fd in (doorbell, answer):
         os.close(fd)
+
+
+def test_a_device_that_is_let_go_leaves_interrupts_to_whoever_has_it_too():
+    with opened(Card(irqs=COUNTS)) as card:
+        old = VfioDevice(card.vfio, card.open(), "old")
+        vectors = old.interrupts.enable(MSI, 2)
+        passed = [os.dup(vector.fd) for vector in vectors]
+        new = VfioDevice(card.vfio, card.vfio.dup(old.fd), "new")
+        old.let_go()
+        assert old.fd < 0 and vectors.closed
+        with new, new.interrupts.take_over(MSI, passed) as taken:
+            taken.trigger(1, 1)
+            assert [vector.poll() for vector in taken] == [0, 1]
+            with pytest.raises(VfioError):
+                new.interrupts.enable(MSI)
+        with pytest.raises(OSError):
+            os.fstat(passed[0])

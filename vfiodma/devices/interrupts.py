@@ -62,9 +62,9 @@ class Interrupt:
         The eventfd, non-blocking, for select, poll and asyncio; -1 when closed.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, fd: int | None = None) -> None:
         self.number = number
-        self.fd = new_eventfd("irq_enable")
+        self.fd = new_eventfd("irq_enable") if fd is None else fd
 
     def fileno(self) -> int:
         """Return the eventfd."""
@@ -128,6 +128,14 @@ class Vectors:
         except BaseException:
             self._close_eventfds()
             raise
+
+    @classmethod
+    def taken_over(cls, device: "VfioDevice", kind: int, eventfds: Sequence[int]) -> Self:
+        """Return vectors that are enabled already, with these eventfds, which belong to it."""
+        vectors = cls.__new__(cls)
+        vectors.kind, vectors._device = kind, device
+        vectors._vectors = [Interrupt(number, fd) for number, fd in enumerate(eventfds)]
+        return vectors
 
     def __repr__(self) -> str:
         return f"<{len(self)} vectors of {_name(self.kind)} of {self._device!r}>"
@@ -338,6 +346,24 @@ class Interrupts:
         return vectors
 
     __call__ = enable
+
+    def take_over(self, kind: int, eventfds: Sequence[int]) -> Vectors:
+        """Return the vectors that another process enabled, before a live update, with the eventfds that it sent along.
+
+        Parameters
+        ----------
+        kind : int
+            IrqIndex.
+        eventfds : sequence of int
+            Of the vectors from the first on; they belong to the result.
+
+        Notes
+        -----
+        Nothing is asked of the device: an interrupt of the meantime stands in its eventfd.
+        """
+        vectors = Vectors.taken_over(self._device, kind, eventfds)
+        self._device.adopt(vectors)
+        return vectors
 
     def disable(self, kind: int) -> None:
         """Disable a type, whoever enabled it; no effect when it is off."""

@@ -228,6 +228,14 @@ class VfioDevice(Descriptor):
             for child in self._children.values():
                 steps.callback(child.close)
 
+    def let_go(self) -> None:
+        """Close the descriptor and undo nothing: another process has a duplicate, and goes on with the device.
+
+        Interrupts stay enabled, with the eventfds that the other process has too; what is migrated stays so.
+        """
+        self._close_fd()
+        self.close()            # the parts find a closed device: nothing is disabled
+
     def _close_fd(self) -> None:
         with contextlib.suppress(ForkedError):      # a software device: the parent closes it
             super().close()

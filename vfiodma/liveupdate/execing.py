@@ -20,7 +20,7 @@ from .handoff import VaddrHandoff
 from .offer import describe
 from .packets import MAX_BODY, MAX_FDS, Fds
 from .preflight import preflight
-from .table import read_sealed, sealed_memfd
+from .table import MAX_STATE, read_sealed, sealed_memfd
 from .taker import Adopt, Prepared, Taken
 
 VARIABLE = "VFIODMA_UPDATE"             #: its value: the number of the descriptor
@@ -40,7 +40,7 @@ def exec_into(argv: Sequence[str], ioas: IoAddressSpace, memory: GuestMemory, *,
     ioas, memory, fds
         As for :class:`UpdateOffer`.
     freeze : callable, optional
-        Called before the vaddrs become invalid; returns the last state as bytes, of at most 1 MiB.
+        Called before the vaddrs become invalid; returns the last state as bytes, of at most 1 GiB.
     env : mapping of str to str, optional
         The new program's environment; by default this one's.
 
@@ -92,15 +92,15 @@ def _inherited(fds: Sequence[int]) -> Iterator[None]:
 
 def _write_state(values: Mapping[str, object], last: bytes) -> int:
     text = json.dumps(values).encode()
-    if len(text) > MAX_BODY or len(last) > MAX_BODY:
-        raise error(errno.EMSGSIZE, "exec", hint=f"names and the last state may have {MAX_BODY} bytes each")
+    if len(text) > MAX_BODY or len(last) > MAX_STATE:
+        raise error(errno.EMSGSIZE, "exec", hint=f"names may have {MAX_BODY} bytes, the last state {MAX_STATE}")
     body = text + last
     return sealed_memfd(_HEAD.pack(_MAGIC, _VERSION, len(text), len(last), zlib.crc32(body)) + body, "vfiodma-update")
 
 
 def _read_state(fd: int) -> tuple[bytes, list[int], bytes]:
     """Return the offer's body, the descriptors and the last state."""
-    with read_sealed(fd, _HEAD.size + 2 * MAX_BODY) as file:
+    with read_sealed(fd, _HEAD.size + MAX_BODY + MAX_STATE) as file:
         data = bytes(file)
     try:
         magic, version, size, rest, crc = _HEAD.unpack_from(data)

@@ -16,7 +16,7 @@ from .guard import Guard
 from .handoff import VaddrHandoff, find_places
 from .packets import Kind, Link
 from .preflight import preflight
-from .table import records_of, write_table
+from .table import records_of, sealed_memfd, write_table
 
 
 class UpdateTimes(NamedTuple):
@@ -81,7 +81,8 @@ class UpdateOffer:
     fds : mapping of str to int, optional
         Further descriptors (devices, eventfds), by name; they stay the caller's.
     freeze : callable, optional
-        Called when the new process has everything ready: stop the processors, return the last state as bytes.
+        Called when the new process has everything ready: stop the processors, return the last state as
+        bytes, of at most 1 GiB.
     timeout : float
         Seconds for each answer of the new process.
 
@@ -121,7 +122,7 @@ class UpdateOffer:
                 try:
                     guard = steps.enter_context(self._offer(report.way))
                     ready = time.monotonic()
-                    last = b"" if self._freeze is None else self._freeze()
+                    state = self._last_words(steps)
                     frozen = time.monotonic()
                     if handoff is not None:
                         self._handoff = handoff
@@ -130,13 +131,22 @@ class UpdateOffer:
                     self._give_up(exc)
                     raise
                 invalid = time.monotonic()
-                self._finish(guard, last, report.mappings)
+                self._finish(guard, state, report.mappings)
             done = time.monotonic()
             self._ioas.let_go()
         with contextlib.suppress(VfioError):        # it has everything, whether it hears of it or not
             self._link.send(Kind.YOURS)
         return UpdateTimes(report.mappings, ready - start, frozen - ready, invalid - frozen, done - invalid,
                            time.monotonic() - done)
+
+    def _last_words(self, steps: contextlib.ExitStack) -> list[int]:
+        """Return the descriptor of what ``freeze`` says, if it says something."""
+        last = b"" if self._freeze is None else self._freeze()
+        if not last:
+            return []
+        fd = sealed_memfd(last, "vfiodma-state")
+        steps.callback(os.close, fd)
+        return [fd]
 
     def _give_up(self, exc: BaseException) -> None:
         """The new process was not told to go on: it has nothing, and need not wait."""
@@ -167,9 +177,9 @@ class UpdateOffer:
             raise error(errno.EPROTO, "live_update", hint=f"the new process counts {body[:20]!r} mappings, "
                         f"there are {mappings}")
 
-    def _finish(self, guard: Guard, last: bytes, mappings: int) -> None:
+    def _finish(self, guard: Guard, state: list[int], mappings: int) -> None:
         try:
-            self._link.send(Kind.GO, last)
+            self._link.send(Kind.GO, b"", state)
             self._answer(Kind.DONE, mappings)
         except BaseException as exc:
             undone = isinstance(exc, MigrationError) and exc.errno == errno.ECANCELED     # it says so itself

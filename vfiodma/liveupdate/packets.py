@@ -30,7 +30,7 @@ class Kind(enum.IntEnum):
 
     OFFER = 1       #: old: here is everything but the right to use it
     READY = 2       #: new: all of it is mapped and checked
-    GO = 3          #: old: the vaddrs are invalid, take over
+    GO = 3          #: old: the vaddrs are invalid, take over; with the last state in a sealed memfd, if there is one
     DONE = 4        #: new: everything is restored
     YOURS = 5       #: old: everything is let go
     FAILED = 6      #: either: nothing of mine has changed, or it is undone; the body says why

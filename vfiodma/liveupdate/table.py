@@ -27,6 +27,7 @@ _KINDS = ("anonymous", "memfd", "hugetlb", "file", "device")
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 MAX_REGIONS = 1024
 MAX_MAPPINGS = 1 << 24
+MAX_STATE = 1 << 30
 
 
 class RegionRecord(NamedTuple):
@@ -156,6 +157,12 @@ def read_sealed(fd: int, limit: int) -> mmap.mmap:
     if not 0 < size <= limit:
         raise _bad(f"its file has {size} bytes")
     return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+
+
+def read_state(fd: int) -> bytes:
+    """Return what stands in a sealed memfd, of at most 1 GiB; EPROTO for anything else."""
+    with read_sealed(fd, MAX_STATE) as file:
+        return bytes(file)
 
 
 def read_table(fd: int) -> Table:

@@ -15,7 +15,7 @@ from ..errors import MigrationError, VfioError
 from ..hostinfo import locked_memory
 from ..memory import GuestMemory
 from .packets import Fds, Kind, Link
-from .table import Table, map_regions, place, read_table
+from .table import Table, map_regions, place, read_state, read_table
 
 Adopt = Callable[[str, Mapping[str, Any], Sequence[int]], Any]
 
@@ -176,8 +176,8 @@ class UpdateTaker:
         try:
             with self._telling():
                 self._link.send(Kind.READY, b"%d" % prepared.mappings)
-                _, state, extra = self._link.receive(Kind.GO)
-                extra.close()
+                with self._link.receive(Kind.GO)[2] as words:
+                    state = read_state(words[0]) if len(words) else b""
                 prepared.take()
         except BaseException:
             prepared.drop()

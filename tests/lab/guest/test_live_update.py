@@ -1,8 +1,10 @@
 """Live update on the running kernel: container, memory and a device that goes on with DMA go to another process."""
 import contextlib
+import json
 import os
 import signal
 import socket
+import sys
 import threading
 
 import pytest
@@ -10,8 +12,9 @@ from ipc_lock import set_ipc_lock
 from two_processes import answer, fork
 
 from vfiodma import EduDriver, GuestMemory, IoAddressSpace, IommufdContainer, Type1Container, VfioDevice
+from vfiodma.devices.interrupts import IrqIndex
 from vfiodma.errors import MigrationError, VfioError
-from vfiodma.liveupdate import UpdateOffer, UpdateTaker, preflight
+from vfiodma.liveupdate import UpdateOffer, UpdateTaker, exec_into, preflight
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/sys/bus/pci/devices/0000:00:10.0/iommu_group"),
                                 reason="no IOMMU stands before the devices")
@@ -74,8 +77,18 @@ def new_process(sock, other, die_after=None, limit=None):
         before = memory.read(PAGE, 64) == memory.read(0, 64)
         memory.write(0, page(200, 7))
         with device:
-            EduDriver(device, timeout=30).copy(IOVA, IOVA + 20 * PAGE, 64)
-        result = {"taken": True, "same": same, "before": before, "state": taken.state.decode(), "locked": locked_kib(),
+            driver = EduDriver(device, timeout=30)
+            driver.copy(IOVA, IOVA + 20 * PAGE, 64)
+            if "irq" in taken.fds:
+                os.set_blocking(taken.fds["irq"], False)
+                with device.interrupts.take_over(IrqIndex.MSI, [taken.fds.pop("irq")]) as vectors:
+                    driver.raise_interrupt(1)
+                    irq = vectors.wait(10)
+                    driver.acknowledge()
+            else:
+                irq = None
+        result = {"taken": True, "same": same, "before": before, "state": taken.state.decode(), "irq": irq,
+                  "locked": locked_kib(),
                   "copied": memory.read(20 * PAGE, 64) == page(200, 7)[:64], "count": len(ioas)}
         ioas.unmap_all()
         return result
@@ -112,9 +125,11 @@ def test_everything_goes_to_the_new_process_while_the_device_copies(make, capsys
     with sock, old_process(make) as (ioas, memory, device, mover):
         assert preflight(ioas, memory).ok
         mapped = locked_kib()
+        vectors = device.interrupts.enable(IrqIndex.MSI)
         while mover.moved < 1:
             mover.join(0.01)
-        times = UpdateOffer(sock, ioas, memory, fds={EDU: device.fd}, freeze=lambda: b"last", timeout=60).hand_over()
+        times = UpdateOffer(sock, ioas, memory, fds={EDU: device.fd, "irq": vectors[0].fd}, freeze=lambda: b"last",
+                            timeout=60).hand_over()
         moved = mover.moved
         while mover.moved < moved + 2 and mover.failure is None:     # its registers are still reachable from here
             mover.join(0.01)
@@ -122,13 +137,15 @@ def test_everything_goes_to_the_new_process_while_the_device_copies(make, capsys
         mover.join()
         assert mover.failure is None and ioas.closed and times.mappings == PAGES
         left = locked_kib()
-        device.close()
+        device.let_go()
+        assert vectors.closed
         sock.send(b".")
     seen, status = answer(child)
     assert status == 0
     assert seen.pop("locked") >= (PAGES * PAGE >> 10 if make is Type1Container else 0)
     assert left < mapped or make is not Type1Container
-    assert seen == {"taken": True, "same": True, "before": True, "state": "last", "copied": True, "count": PAGES}
+    assert seen == {"taken": True, "same": True, "before": True, "state": "last", "copied": True, "count": PAGES,
+                    "irq": 1}
     with capsys.disabled():
         print(f"\n{make.__name__}: {times}")
 
@@ -152,6 +169,70 @@ def test_a_new_process_that_dies_leaves_the_old_one_as_it_was(make, restored):
         ioas.invalidate_vaddr() if make is Type1Container else None         # every vaddr is valid: this can be done
         if make is Type1Container:
             ioas.update_vaddr_many([(IOVA + at * PAGE, memory.region.vaddr + at * PAGE, PAGE) for at in range(PAGES)])
+
+
+NEW_PROGRAM = """
+import json, os, sys
+sys.path[:0] = %r
+from vfiodma import EduDriver, VfioDevice
+from vfiodma.liveupdate import take_from_exec
+with take_from_exec() as taken:
+    ioas, memory = taken.ioas, taken.memory
+    memory.write(0, b"after the exec")
+    with VfioDevice(None, taken.fds.pop("device")) as device:
+        EduDriver(device, timeout=30).copy(0x100000, 0x100000 + 20 * 4096, 64)
+    os.write(taken.fds["result"], json.dumps({"read": memory.read(20 * 4096, 14).decode(), "count": len(ioas),
+             "state": taken.state.decode(), "numpy": "numpy" in sys.modules}).encode())
+    ioas.unmap_all()
+"""
+
+
+@pytest.mark.parametrize("make", BACKENDS)
+def test_everything_stays_when_the_program_replaces_itself(make):
+    read, write = os.pipe()
+
+    def old():
+        os.close(read)
+        memory, ioas = GuestMemory.memfd(PAGES * PAGE), IoAddressSpace(make([EDU]), close_backend=True)
+        for at in range(PAGES):
+            ioas.map(memory, IOVA + at * PAGE, offset=at * PAGE, size=PAGE)
+        device = VfioDevice.open(ioas.backend, EDU)
+        EduDriver(device, timeout=30).copy(IOVA, IOVA + PAGE, 64)
+        with pytest.raises(VfioError):
+            exec_into(["/no/such/program"], ioas, memory)
+        exec_into([sys.executable, "-c", NEW_PROGRAM % [entry for entry in sys.path if entry]], ioas, memory,
+                  fds={"device": device.fd, "result": write}, freeze=lambda: b"last")
+
+    child = fork(old)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    assert answer(child)[1] == 0
+    assert json.loads(text) == {"read": "after the exec", "count": PAGES, "state": "last", "numpy": False}
+
+
+def test_black_out_of_many_mappings(capsys):
+    """No limit here: the guest is emulated."""
+    count = 10_000
+
+    def new(sock, other):
+        other.close()
+        with UpdateTaker(sock, timeout=120).take_over() as taken:
+            found = len(taken.ioas)
+            taken.ioas.unmap_all()
+            return found
+
+    one, other = socket.socketpair()
+    child = fork(new, other, one)
+    other.close()
+    with one, GuestMemory.memfd(count * PAGE) as memory, \
+            IoAddressSpace(Type1Container([EDU]), close_backend=True) as ioas:
+        rows = [(at * 2 * PAGE, memory.region.vaddr + at * PAGE, PAGE, 3) for at in range(count)]
+        ioas.map_many([row for row in rows if not 0xFEE00000 - PAGE < row[0] < 0xFEF00000], keep=memory.region)
+        times = UpdateOffer(one, ioas, memory, timeout=120).hand_over()
+    assert answer(child) == (times.mappings, 0)
+    with capsys.disabled():
+        print(f"\n{times}: black-out {times.blackout * 1e3:.2f} ms")
 
 
 def test_a_new_process_that_may_lock_too_little_is_refused_before_anything_changes():
