@@ -13,8 +13,7 @@ from vfiodma._core.errno import error
 from vfiodma.devices import EduDevice, EduDriver, IrqIndex
 from vfiodma.devices.edu_driver import DMA_DONE
 from vfiodma.errors import MigrationError
-from vfiodma.migration import DirtyTracker, PrecopySource, SocketTransport
-from vfiodma.migration.device_group import DeviceSinks, DeviceStates
+from vfiodma.migration import DeviceSinks, DeviceStates, DirtyTracker, PrecopySource, SocketTransport
 from vfiodma.migration.layout import MemoryLayout
 
 ADDRESS = "0000:00:10.0"
@@ -84,34 +83,14 @@ class Guest:
         return True
 
 
-class Frames:
-    """Chunks of devices, with other states, as the engine takes states."""
-
-    def __init__(self, *parts):
-        self.parts = parts
-
-    def items(self):
-        for part in self.parts:
-            yield from part
-
-
 class SourceMachine:
-    """What the engine stops, resumes and asks for its state."""
+    """The guest's CPU, for the engine."""
 
-    def __init__(self, guest, states):
-        self.guest, self.states = guest, states
-
-    def stop(self):
-        self.guest.stop()
-        self.states.quiesce()
-
-    def resume(self):
-        assert self.states.resume() == ()
-        self.guest.start()
+    def __init__(self, guest):
+        self.guest, self.stop, self.resume = guest, guest.stop, guest.start
 
     def state(self):
-        program = self.guest.number.to_bytes(8, "little") + bytes([self.guest.waits])
-        return Frames([("program", program)], self.states.final_chunks())
+        return {"program": self.guest.number.to_bytes(8, "little") + bytes([self.guest.waits])}
 
 
 @contextlib.contextmanager
@@ -129,16 +108,13 @@ def wait_for(condition):
 
 def move(old, new, guest, sinks, taken):
     here, there = socket.socketpair()
-    peer = Peer(there, new.memory, verify=True, fresh=True, on_switch=sinks.load,
-                on_state=lambda name, data: sinks.take(name, data) or taken.update({name: data}))
+    peer = Peer(there, new.memory, verify=True, fresh=True, devices=sinks, on_state=taken.__setitem__)
     transport = SocketTransport(here, 20)
     try:
         with MemoryLayout(old.memory, old.ioas.pgsize) as layout, DeviceStates([old.device], chunk=700) as states:
             source = PrecopySource(transport, downtime_limit=1e-9, max_rounds=4)
             source.introduce(old.memory)
-            states.start()
-            source.migrate(layout, DirtyTracker(old.ioas, layout), SourceMachine(guest, states),
-                           Frames(states.chunks()))
+            source.migrate(layout, DirtyTracker(old.ioas, layout), SourceMachine(guest), devices=states)
             assert len(set(source.verify(layout))) == 1
             source.release()
     finally:
@@ -166,7 +142,6 @@ def test_an_edu_device_that_does_dma_moves_and_its_driver_goes_on():
         wait_for(lambda: guest.number > 3)
         with DeviceSinks([new.device]) as sinks:
             there = Guest(new)                  # its interrupts are enabled before the device runs
-            sinks.prepare()
             move(old, new, guest, sinks, taken)
             there.number, there.waits = int.from_bytes(taken["program"][:8], "little"), bool(taken["program"][8])
             assert there.number == guest.number and there.waits
@@ -195,7 +170,6 @@ def test_a_migration_that_fails_at_the_end_leaves_guest_and_device_running():
         guest.start()
         wait_for(lambda: guest.number)
         with DeviceSinks([new.device]) as sinks:
-            sinks.prepare()
             new.edu.migration.load = refuse
             with pytest.raises(MigrationError, match="it does not go to STOP"):
                 move(old, new, guest, sinks, {})
@@ -206,3 +180,18 @@ def test_a_migration_that_fails_at_the_end_leaves_guest_and_device_running():
         assert guest.finish()
         check_slots(old.memory, guest.number)
         assert new.device.migration.state.name == "RUNNING"
+
+
+def test_a_guest_runs_on_when_its_device_can_not_be_helped():
+    with hosts() as (old, new):
+        guest = Guest(old)
+        guest.start()
+        old.edu.migration.final = lambda: refuse(b"")
+        old.device.reset = lambda: refuse(b"")
+        with DeviceSinks([new.device]) as sinks, pytest.raises(MigrationError, match="can't be reset") as caught:
+            move(old, new, guest, sinks, {})
+        assert "left in ERROR" in str(caught.value.__context__)
+        assert guest._thread.is_alive()
+        guest.stop()
+        del old.device.reset
+        old.device.reset()

@@ -7,5 +7,5 @@ from .receiver import PageReceiver
 from .tracker import DirtyTracker
 from .transport import SocketTransport
 
-__all__ = ["DeviceSinks", "DeviceStates", "DirtyTracker", "Migration", "MigrationResult", "PageReceiver", "PrecopySource",
-           "Round", "SocketTransport"]
+__all__ = ["DeviceSinks", "DeviceStates", "DirtyTracker", "Migration", "MigrationResult", "PageReceiver",
+           "PrecopySource", "Round", "SocketTransport"]

@@ -432,14 +432,17 @@ class PrecopySource:
         stopped = self.handover.state is SourceState.STOPPED
         if stopped:
             self.handover.resume()
-        self._resume_devices()
-        if stopped and self._machine is not None:
-            self._machine.resume()
+        self._run_on(self._machine if stopped else None)
 
-    def _resume_devices(self) -> None:
+    def _run_on(self, machine: Machine | None) -> None:
+        """Resume the devices, then the machine: also when one of its devices can't be helped."""
         devices, self._devices = self._devices, None
-        if devices is not None:
-            devices.resume()
+        try:
+            if devices is not None:
+                devices.resume()
+        finally:
+            if machine is not None:
+                machine.resume()
 
     # Connections
 
@@ -539,9 +542,7 @@ class PrecopySource:
         if phase is Phase.OWNER:
             self._on_event(Stage("given"))
             return
-        self._resume_devices()
-        if self._machine is not None:
-            self._machine.resume()
+        self._run_on(self._machine)
         raise MigrationError(errno.ECANCELED, operation="release",
                              hint="the destination has given the guest up; it runs on here")
 
