@@ -238,3 +238,36 @@ def test_a_stranger_can_not_go_on_with_a_stream():
         finally:
             line.close()
         assert line.runs == 1
+
+
+def test_a_restarted_source_settles_with_what_was_written_down(tmp_path):
+    """Nothing but the journal is left of the source: no stream, no token, no guest."""
+    machine, journal = Machine(), tmp_path / "source"
+    with guest(CONTENT) as memory, guest([bytes(4096), bytes(4096)]) as target, MemoryLayout(memory, PGSIZE) as layout:
+        line = Line(target, [])
+        try:
+            transport = line.connect()
+            source = PrecopySource(transport, downtime_limit=1e-9, max_rounds=1, journal=Journal(journal))
+            source.introduce(memory, PGSIZE)
+            source.migrate(layout, LogTracker(layout), machine)
+            transport.left = transport.moved + 10       # not even RUN arrives
+            with pytest.raises(HandoverError):
+                source.release()
+            again = PrecopySource(None, journal=Journal(journal))
+            assert again.handover.state is SourceState.COMMITTING and not again.handover.may_run
+            with pytest.raises(HandoverError, match="settle"):      # another guest can't take the record's place
+                again.introduce(memory, PGSIZE)
+            again.settle(line.connect())
+            assert again.handover.state is SourceState.GIVEN
+        finally:
+            line.close()
+        assert line.runs == 1 and line.receiver.handover.phase is Phase.OWNER
+        assert PrecopySource(None, journal=Journal(journal)).handover.state is SourceState.GIVEN
+
+
+def test_a_journal_of_something_else_is_refused_by_a_source(tmp_path):
+    for record in ({"stream": "ab", "state": "committing"}, {"hello": "zz"}, {"hello": "00"}, {"hello": 7}):
+        Journal(tmp_path / "journal").write(**record)
+        with pytest.raises(VfioError, match="no record of a source") as caught:
+            PrecopySource(None, journal=Journal(tmp_path / "journal"))
+        assert caught.value.errno == errno.EBADMSG

@@ -91,10 +91,12 @@ class SourceHandover:
         COMMITTING, GIVEN or KEPT.
     stream : str
         The stream's id, for the record.
+    **details : Any
+        What else a later process must know of the stream, for the record.
     """
 
-    def __init__(self, journal: Journal, stream: str) -> None:
-        self._journal, self._stream = journal, stream
+    def __init__(self, journal: Journal, stream: str, **details: Any) -> None:
+        self._journal, self._stream, self._details = journal, stream, details
         record = journal.read()
         before = record.get("state") if record.get("stream") == stream else None
         self.state = SourceState(before) if before else SourceState.RUNNING
@@ -136,7 +138,7 @@ class SourceHandover:
 
     def _write(self, state: SourceState) -> None:
         if self.state is not state:
-            self._journal.write(stream=self._stream, state=state.value)
+            self._journal.write(stream=self._stream, state=state.value, **self._details)
             self.state = state
 
 

@@ -88,7 +88,9 @@ class PrecopySource:
     reconnect_timeout : float
         Seconds that reconnecting may take.
     journal : Journal, optional
-        Where it is written down that the guest was given away, so that a restarted process knows.
+        Where it is written down that the guest was given away, so that a restarted process knows: a source that is made
+        with the journal of a process that was killed after ``release`` began can ``settle``, and must before it
+        introduces anything else.
     on_event : callable, optional
         Called with every event (vfiodma.migration.events) in the calling thread; what it raises ends the migration.
 
@@ -131,9 +133,9 @@ class PrecopySource:
         self._throttle, self._throttled = throttle or (lambda _: None), 0.0
         self._devices: DeviceStates | None = None      # while they save their states
         self._began = 0.0
-        self.handover = SourceHandover(Journal(), "")
+        self._hello = self._earlier()
+        self.handover = self._taking(self._hello) if self._hello else SourceHandover(Journal(), "")
         self.ledger: Ledger | None = None
-        self._hello: Hello | None = None
         self._machine: Machine | None = None
         self._sender: PageSender | None = None
         self._epoch = 0                     # number of acknowledged ones
@@ -142,13 +144,23 @@ class PrecopySource:
         self._running.set()
 
     def introduce(self, memory: GuestMemory, pgsize: int = 4096) -> None:
-        """Tell the destination what will come, so that it can get memory ready."""
+        """Tell the destination what will come, so that it can get memory ready.
+
+        Raises
+        ------
+        HandoverError
+            EINPROGRESS: an earlier process gave its guest away, and did not hear what became of it; ``settle`` first.
+        MigrationError
+            The destination is not there, or refuses.
+        """
+        if self.handover.state is SourceState.COMMITTING:
+            raise self._in_doubt()
         with MemoryLayout(memory, pgsize) as layout, self._failing("introduce"):
             self._check_cancel()
             self._on_event(Stage("introduce"))
             hello = Hello(pgsize, os.urandom(16), layout.shape, self._offer, os.urandom(16), self._compressions,
                           self._channels)
-            self.handover = SourceHandover(self._journal, hello.stream_id.hex())
+            self.handover = self._taking(hello)
             self._greet(hello)
             self._hello = hello
 
@@ -443,6 +455,22 @@ class PrecopySource:
         finally:
             if machine is not None:
                 machine.resume()
+
+    # The journal
+
+    def _taking(self, hello: Hello) -> SourceHandover:
+        """What the journal says of a stream, and will say."""
+        return SourceHandover(self._journal, hello.stream_id.hex(), hello=stream.encode_hello(hello).hex())
+
+    def _earlier(self) -> Hello | None:
+        """Return the stream that an earlier process gave its guest away in, if one did."""
+        record = self._journal.read()
+        if not record:
+            return None
+        try:
+            return stream.decode_hello(bytes.fromhex(record["hello"]))
+        except (LookupError, TypeError, ValueError, VfioError):
+            raise error(errno.EBADMSG, "journal", hint=f"{self._journal.path} is no record of a source") from None
 
     # Connections
 
