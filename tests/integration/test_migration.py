@@ -2,8 +2,10 @@
 import asyncio
 import contextlib
 import errno
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -165,3 +167,21 @@ def test_a_migration_that_was_cancelled_before_it_began_moves_nothing(destinatio
     with pytest.raises(MigrationError) as caught:
         migration.run()
     assert caught.value.errno == errno.ECANCELED
+
+
+def test_the_documents_example_moves_a_guest(tmp_path, guest):
+    memory, ioas, writers = guest
+    text = (Path(__file__).parents[2] / "docs/migration.md").read_text()
+    example = {"__name__": "example"}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "docs/migration.md", "exec"), example)
+    url, got = f"unix:{tmp_path}/documented", []
+    thread = threading.Thread(target=lambda: got.append(example["receive"](url, SIZE)))
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "documented").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    result = example["send"](url, memory, writers, ioas)
+    thread.join(20)
+    assert result.downtime > 0 and got[0].read(0, SIZE) == memory.read(0, SIZE)
+    got[0].close()
