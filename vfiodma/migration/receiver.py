@@ -18,6 +18,7 @@ from .handover import DestinationHandover, Journal
 from .intake import ChannelIntake, open_boards, take_epoch
 from .joining import accept_channels, close_channels
 from .layout import MemoryLayout
+from .prefault import Prefault
 from .stream import Hello, Kind, Phase, Ready, Totals, damaged
 
 
@@ -32,6 +33,8 @@ class PageReceiver:
         Called with a Hello; returns the GuestMemory to fill, or raises VfioError to refuse.
     fresh : bool
         The memory holds nothing but zeros, so that zero pages need no writing the first time.
+    prefault : bool, optional
+        Get pages for all of the memory in the background, from the start on; by default where it is fresh.
     checksum : {"auto", "xxh3", "crc32", "none"}
         What this side takes; as of PrecopySource.
     compression : {"auto", "none", "zstd", "lz4"}
@@ -72,13 +75,15 @@ class PageReceiver:
     """
 
     def __init__(self, transport: Any, make_memory: Callable[[Hello], GuestMemory], *, fresh: bool = False,
-                 checksum: str = "auto", compression: str = "auto",
+                 prefault: bool | None = None, checksum: str = "auto", compression: str = "auto",
                  accept: Callable[[float], Any] | None = None, channels: int = 8, journal: Journal | None = None,
                  devices: DeviceSinks | None = None, on_state: Callable[[str, bytes], object] | None = None,
                  on_prepare: Callable[[], object] | None = None,
                  on_switch: Callable[[], object] | None = None) -> None:
         self._make_memory = make_memory
         self._fresh = fresh
+        self._prefaults = fresh if prefault is None else prefault
+        self._prefault: Prefault | None = None
         self._takes = stream.offer(checksum)
         self._compressions = offer_compression(compression)
         self._accept = accept
@@ -209,6 +214,8 @@ class PageReceiver:
     def close(self) -> None:
         """Let the memory go, and close further channels; idempotent."""
         close_channels(self._further)
+        if self._prefault is not None:
+            self._prefault.stop()
         for board in self._boards:
             board.release()
         if self.layout is not None:
@@ -259,6 +266,8 @@ class PageReceiver:
         self._boards = open_boards(layout, self._fresh)
         if self._devices is not None:
             self._devices.prepare()
+        if self._prefaults:
+            self._prefault = Prefault(layout, self._boards)
 
     def _receive_epoch(self, layout: MemoryLayout) -> bool:
         """Receive frames up to END; return whether it was the final one."""
