@@ -68,7 +68,8 @@ class ChannelIntake:
             raise
         size, length = count * self._pgsize, header.length - header.nruns * stream.RUN_SIZE
         compressed = bool(header.flags & COMPRESSED)
-        if length != (size if header.kind is Kind.PAGES else 0) and not (compressed and 0 < length < size):
+        fits = 0 < length < size if compressed else length == (size if header.kind is Kind.PAGES else 0)
+        if not fits:
             raise damaged(f"{header.kind.name} with {length} bytes for {count} pages")
         # From here on the frame is good, unless compressed content is not.
         frames, pages, zero_pages = self.totals
