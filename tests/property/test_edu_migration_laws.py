@@ -1,7 +1,9 @@
 """An edu device that was moved behaves as one that was not: the same calls, the same answers, memory and interrupts."""
 import contextlib
 import os
+import struct
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from migrating_devices import addresses, finish, send
@@ -9,6 +11,7 @@ from migrating_devices import addresses, finish, send
 from vfiodma import GuestMemory, IoAddressSpace, SoftwareGroup, SoftwareVfio, VfioDevice
 from vfiodma.devices import EduDevice, IrqIndex
 from vfiodma.devices.migration import MigrationState
+from vfiodma.errors import MigrationError, ProtocolError
 from vfiodma.migration.device_group import DeviceSinks, DeviceStates
 
 SIZE = 1 << 14
@@ -123,3 +126,31 @@ def test_what_comes_while_it_is_held_up_is_done_later(state, writes):
             board.device.migration.set_state(MigrationState.RUNNING)
             assert memory.read(0, 5) == b"there"
             assert board.interrupts() >= 1 and board.device.regions[0].read_u32(0x24) & 0x100
+
+
+#: A frame's name is a device's or another one; its bytes are a chunk with one thing changed, or anything.
+CHUNK = st.tuples(st.sampled_from([1, 1, 1, 0, 2]), st.sampled_from([0, 0, 1, 2]),
+                  st.sampled_from([0, 0, 0, 1, 2, 65535]), st.integers(0, 40),
+                  st.sampled_from([0, 0, 0, 1, 5, 1 << 63]) | st.integers(0, 60), st.binary(max_size=40))
+
+
+@given(st.lists(st.one_of(CHUNK, st.binary(max_size=64)), max_size=12))
+def test_whatever_comes_is_refused_or_taken_and_the_device_can_be_used_afterwards(frames):
+    with GuestMemory.memfd(SIZE) as memory:
+        board = Board(memory, None)
+        with board.stack:
+            with DeviceSinks([board.device], limit=100) as sinks:
+                sinks.prepare()
+                for frame in frames:
+                    if isinstance(frame, tuple):
+                        *numbers, offset, content = frame
+                        version, flags, attempt, count = numbers
+                        count = len(content) if count < 30 else count
+                        frame = struct.pack("<BBHIQ", version, flags, attempt, count, offset) + content
+                    with contextlib.suppress(ProtocolError):
+                        sinks.take("device:" + board.edu.address, frame)
+                with pytest.raises((ProtocolError, MigrationError)):    # it is never a whole edu device
+                    sinks.load()
+            assert board.device.migration.state is MigrationState.RUNNING
+            board.do((0x08, 5))
+            assert board.device.regions[0].read_u32(0x08) == 120

@@ -3,6 +3,7 @@ import contextlib
 import errno
 import warnings
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from migrating_devices import Chip, addresses, machine
@@ -257,3 +258,4 @@ class Journey(RuleBasedStateMachine):
 
 TestStateWalk = StateWalk.TestCase
 TestJourney = Journey.TestCase
+TestJourney.settings = settings(max_examples=settings().max_examples * 2 // 5)     # each opens many machines

@@ -1,11 +1,14 @@
 """The device side of a migration: order of the states, chunks, what is left, and what an error leaves behind."""
+import contextlib
 import errno
 import itertools
+import os
 import struct
 
 import pytest
 from migrating_devices import Chip, addresses, finish, machine, send
 
+from vfiodma import SoftwareGroup, SoftwareVfio, VfioDevice, open_backend
 from vfiodma.devices import EduDevice, EduDriver
 from vfiodma.devices.migration import MigrationFlags, MigrationState
 from vfiodma.errors import InvalidArgumentError, MigrationError, ProtocolError, UnsupportedError
@@ -113,6 +116,22 @@ def test_names_are_unique_and_chunks_have_limits():
             with pytest.raises(InvalidArgumentError):
                 DeviceStates([device], chunk=chunk)
         assert DeviceStates([DeviceStateSource(device, "net0")]).devices[0].name == "net0"
+
+
+def test_the_child_of_a_fork_is_told_and_does_not_hang():
+    with machine(*chips(2)) as devices, DeviceStates(devices) as source:
+        source.start()
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                source.resume()
+            except MigrationError as exc:
+                code = 0 if exc.errno == errno.EBADF else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert source.resume() == ()
 
 
 # ---- what is left
@@ -295,6 +314,22 @@ def test_a_device_that_stays_with_an_older_attempt_is_not_loaded():
 
 
 # ---- a device with registers
+
+def test_devices_behind_iommufd_move_as_well():
+    address, = addresses(1)
+    with contextlib.ExitStack() as stack:
+        old, new = (stack.enter_context(VfioDevice.open(stack.enter_context(open_backend(
+            "iommufd", devices=[address], system=SoftwareVfio(
+                groups=[SoftwareGroup(0, [EduDevice(address, migratable=True)])], memlock_limit=None))), address))
+            for _ in range(2))
+        source, sinks = DeviceStates([old]), DeviceSinks([new])
+        sinks.prepare()
+        source.start()
+        send(source, sinks)
+        EduDriver(old).factorial(6)
+        finish(source, sinks)
+        assert new.regions[0].read_u32(0x08) == 720
+
 
 def test_an_edu_device_goes_on_at_the_destination():
     address, = addresses(1)

@@ -7,11 +7,14 @@ connection its state begins anew, as another attempt, and the destination forget
 """
 import errno
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Self, TypeVar
+from functools import partial
+from typing import Any, Self
 
 from .._core.errno import error
+from .._core.type1 import generation
 from ..devices.migration import MigrationFlags
 from ..devices.pci import VfioDevice
 from ..errors import MigrationError, UnsupportedError, VfioError
@@ -27,24 +30,63 @@ MAX_CHUNK = 8 << 20         #: at most: it travels in one frame
 _HEADER = struct.Struct("<BBHIQ")
 _MAX_ATTEMPTS = 1 << 16
 
-_Part = TypeVar("_Part")
-_Result = TypeVar("_Result")
+
+class _SideBySide:
+    """Does a step on all devices at once, for drivers may take long.  Its threads wait for that from ``begin`` on."""
+
+    def __init__(self, devices: Sequence[Any]) -> None:
+        self._devices = devices
+        self._pool: Any = None
+        self._generation = generation()
+
+    def begin(self) -> None:
+        """Have a thread for each device; in the downtime there is no time for starting them."""
+        count = len(self._devices)
+        if self._generation != generation():        # the threads are the parent's
+            self._pool, self._generation = None, generation()
+        if self._pool is None and count > 1:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._pool = ThreadPoolExecutor(count, "device state")
+            list(self._pool.map(lambda barrier: barrier.wait(), [threading.Barrier(count)] * count))
+
+    def try_all(self, step: Callable[[Any], Any]) -> tuple[list[Any], list[VfioError]]:
+        """Return what the steps returned (None: failed), and the failures."""
+        if len(self._devices) < 2:
+            futures: list[Any] = [partial(step, device) for device in self._devices]
+        else:
+            self.begin()
+            futures = [self._pool.submit(step, device).result for device in self._devices]
+        results: list[Any] = []
+        failures: list[VfioError] = []
+        for future in futures:
+            try:
+                results.append(future())
+            except VfioError as exc:
+                results.append(None)
+                failures.append(exc)
+        return results, failures
+
+    def on_all(self, step: Callable[[Any], Any]) -> None:
+        """Do the step; all are done with it when the first failure is raised."""
+        _raise(self.try_all(step)[1])
+
+    def close(self) -> None:
+        """End the threads."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
 
 
-def _on_all(devices: Sequence[_Part], step: Callable[[_Part], _Result]) -> list[_Result]:
-    """Do a step on all devices side by side: drivers may take long.  All are done when it returns, or raises."""
-    if len(devices) < 2:
-        return [step(device) for device in devices]
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(len(devices), "device state") as pool:
-        futures = [pool.submit(step, device) for device in devices]
-    failures = [failure for future in futures if (failure := future.exception()) is not None]
+def _raise(failures: Sequence[VfioError]) -> None:
+    """Raise the first failure, if there is one, with the others as notes."""
     if failures:
+        texts = {str(failures[0])}
         for other in failures[1:]:
-            failures[0].add_note(f"also: {other}")
+            if str(other) not in texts:
+                texts.add(str(other))
+                failures[0].add_note(f"also: {other}")
         raise failures[0]
-    return [future.result() for future in futures]
 
 
 def _check_group(devices: Sequence[Any], peer_to_peer: bool) -> list[MigrationFlags]:
@@ -67,26 +109,18 @@ def _named(devices: Iterable[Any], wrap: type) -> list[Any]:
     return parts
 
 
-def _resume(devices: Sequence[StateSource] | Sequence[StateSink]) -> tuple[str, ...]:
-    """Let all run: first answer one another, then begin; return the names of those that were reset."""
-    lost: set[str] = set()
-    failures: list[VfioError] = []
-    for step in ("resume_p2p", "resume"):
-        for device in devices:      # one that can't be helped keeps nobody else from running
-            try:
-                if getattr(device, step)():
-                    lost.add(device.name)
-            except VfioError as exc:
-                failures.append(exc)
-    names = tuple(device.name for device in devices if device.name in lost)
+def _resume(devices: Sequence[Any], together: _SideBySide) -> tuple[str, ...]:
+    """Let all run: first answer one another, then begin; return the names of those that were reset.
+
+    One that can't be helped keeps nobody else from running.
+    """
+    answering, failures = together.try_all(lambda device: device.resume_p2p())
+    running, more = together.try_all(lambda device: device.resume())
+    names = tuple(device.name for device, *lost in zip(devices, answering, running, strict=True) if any(lost))
     if names:
         warnings.warn(f"reset, and without their state now, because they could not be resumed: {', '.join(names)}; "
                       "tell their drivers in the guest", RuntimeWarning, stacklevel=3)
-    if failures:
-        for other in failures[1:]:
-            if str(other) != str(failures[0]):
-                failures[0].add_note(f"also: {other}")
-        raise failures[0]
+    _raise(failures + more)
     return names
 
 
@@ -116,6 +150,7 @@ class DeviceStates:
         self.devices: list[StateSource] = _named(devices, DeviceStateSource)
         self._peer_to_peer = peer_to_peer
         self._chunk = chunk
+        self._together = _SideBySide(self.devices)
         self._offsets: dict[str, int] = {}
         self._attempt = -1
 
@@ -138,9 +173,9 @@ class DeviceStates:
         if self._attempt == _MAX_ATTEMPTS:
             raise MigrationError(errno.EOVERFLOW, operation="migrate_device", hint="too many attempts")
         self._offsets = dict.fromkeys((device.name for device in self.devices), 0)
+        self._together.begin()
         try:
-            for device in self.devices:
-                device.start()
+            self._together.on_all(lambda device: device.start())
         except BaseException:
             self.resume()
             raise
@@ -173,8 +208,8 @@ class DeviceStates:
 
         The guest's CPUs are stopped before.  When it returns there is no DMA and no interrupt any more.
         """
-        _on_all(self.devices, lambda device: device.quiesce())
-        _on_all(self.devices, lambda device: device.stop())
+        self._together.on_all(lambda device: device.quiesce())
+        self._together.on_all(lambda device: device.stop())
 
     def final_chunks(self) -> Iterator[tuple[str, memoryview]]:
         """Yield the rest of all, as ``chunks``; every device ends with a chunk that says so."""
@@ -205,12 +240,13 @@ class DeviceStates:
         MigrationError
             A device could not be brought back at all; the others run.
         """
-        return _resume(self.devices)
+        return _resume(self.devices, self._together)
 
     def close(self) -> None:
         """Let go of the streams; the devices keep their states.  Idempotent."""
         for device in self.devices:
             device.close()
+        self._together.close()
 
     def __enter__(self) -> Self:
         return self
@@ -252,6 +288,7 @@ class DeviceSinks:
         self.devices: list[StateSink] = _named(devices, DeviceStateSink)
         self._peer_to_peer = peer_to_peer
         self._limit = limit
+        self._together = _SideBySide(self.devices)
         self._arriving: dict[str, _Arriving] = {}
         self._attempt = 0           # the newest one
         self._mine = False          # the devices wait for a state, or have one
@@ -265,9 +302,9 @@ class DeviceSinks:
         self.preflight()
         self._arriving, self._mine = {device.name: _Arriving(device) for device in self.devices}, True
         self._attempt = 0
+        self._together.begin()
         try:
-            for device in self.devices:
-                device.prepare()
+            self._together.on_all(lambda device: device.prepare())
         except BaseException:
             self.abort()
             raise
@@ -338,7 +375,7 @@ class DeviceSinks:
                    if not arriving.complete or arriving.attempt != self._attempt]
         if missing or not self._mine:
             raise damaged(f"the state of {', '.join(missing) or 'the devices'} is not complete")
-        _on_all(self.devices, lambda device: device.load())
+        self._together.on_all(lambda device: device.load())
 
     def run(self) -> None:
         """Let all devices run: the guest is ours.
@@ -349,7 +386,7 @@ class DeviceSinks:
             A device that was loaded does not run, or had to be reset for it.
         """
         self._mine = False          # whatever happens now: the source has given the guest away
-        lost = _resume(self.devices)
+        lost = _resume(self.devices, self._together)
         if lost:
             raise MigrationError(errno.EIO, operation="migrate_device",
                                  hint=f"the state of {', '.join(lost)} is lost: it did not run, and was reset")
@@ -357,7 +394,7 @@ class DeviceSinks:
     def abort(self) -> None:
         """Give up: reset every device, so that it can be used or prepared again."""
         self._mine = False
-        _on_all(self.devices, lambda device: device.reset())
+        self._together.on_all(lambda device: device.reset())
 
     def close(self) -> None:
         """Abort, unless the devices run.  Idempotent."""
@@ -365,6 +402,7 @@ class DeviceSinks:
             self.abort()
         for device in self.devices:
             device.close()
+        self._together.close()
 
     def __enter__(self) -> Self:
         return self

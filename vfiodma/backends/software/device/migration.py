@@ -68,8 +68,9 @@ class MigrationFile:
         self._saving = state != RESUMING
         self._alive = True
         self._ended = False                     # nothing follows what is in `_data`
-        self._data = bytearray()                # read: what is left; written: all of it
-        self._initial = 0                       # bytes of `_data` up to the end of the initial ones
+        self._data = bytearray()                # written, or to be read: from `_at` on
+        self._at = 0
+        self._initial = 0                       # where in `_data` the initial bytes end
         self._reinit = False                    # those are not the first ones
         if state == STOP_COPY:
             self.stop_copy()
@@ -97,7 +98,7 @@ class MigrationFile:
     def end(self) -> None:
         """The device leaves the states that this belongs to."""
         self._alive = False
-        self._data.clear()
+        self._data = bytearray()
 
     def _check(self, saving: bool, operation: str) -> None:
         if saving != self._saving:
@@ -112,13 +113,16 @@ class MigrationFile:
             if size < 0:
                 raise error(errno.EINVAL, "migration_read", size=size, hint="a negative size")
             self._begin_anew()
-            if not self._data and not self._ended:
-                self._data += self._migration.device.dirty()
-                if not self._data and size:
-                    raise error(errno.ENOMSG, "migration_read", hint="nothing more before the device stops or changes")
-            data = bytes(self._data[:size])
-            del self._data[:size]
-            self._initial = max(0, self._initial - len(data))
+            if self._at == len(self._data):
+                self._data, self._at, self._initial = bytearray(), 0, 0
+                if not self._ended:
+                    self._data += self._migration.device.dirty()
+                    if not self._data and size:
+                        raise error(errno.ENOMSG, "migration_read",
+                                    hint="nothing more before the device stops or changes")
+            with memoryview(self._data) as view:
+                data = bytes(view[self._at:self._at + size])
+            self._at += len(data)
             return data
 
     def write(self, data: Any) -> int:
@@ -149,10 +153,11 @@ class MigrationFile:
                 raise error(errno.EINVAL, operation, hint="the device is not in PRE_COPY or PRE_COPY_P2P")
             self._check(True, operation)
             self._begin_anew()
-            dirty = len(self._data) - self._initial + migration.device.dirty_bytes()
-            values |= {"initial_bytes": self._initial, "dirty_bytes": dirty}
+            initial = max(0, self._initial - self._at)
+            dirty = len(self._data) - self._at - initial + migration.device.dirty_bytes()
+            values |= {"initial_bytes": initial, "dirty_bytes": dirty}
             if migration.precopy_v2:
-                values["flags"] = abi.VFIO_PRECOPY_INFO_REINIT if self._reinit and self._initial else 0
+                values["flags"] = abi.VFIO_PRECOPY_INFO_REINIT if self._reinit and initial else 0
         write_memory(arg, layout.pack(**values))
         return 0
 
