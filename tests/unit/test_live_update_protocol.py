@@ -262,6 +262,16 @@ def test_noise_is_refused(data):
             receive_memory(other, timeout=1)
 
 
+def test_the_socket_keeps_the_time_limit_that_its_owner_gave_it(ends):
+    with GuestMemory.memfd(PAGE) as memory:
+        for limit in (None, 0.0, 7.5):
+            for end in ends:
+                end.settimeout(limit)
+            send_memory(ends[0], memory)
+            receive_memory(ends[1]).close()
+            assert [end.gettimeout() for end in ends] == [limit, limit]
+
+
 def test_a_silent_peer_is_given_up(ends):
     with pytest.raises(MigrationError) as info:
         receive_memory(ends[1], timeout=0.05)

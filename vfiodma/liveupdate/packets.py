@@ -137,11 +137,10 @@ class Link:
 
     def hung_up(self) -> bool:
         """Whether the peer has closed its end, and sent nothing more."""
-        self.sock.settimeout(0.0)
         try:
-            return not self.sock.recv(1, socket.MSG_PEEK)
-        except OSError as exc:
-            return not isinstance(exc, BlockingIOError)
+            return not self._try(time.monotonic(), partial(self.sock.recv, 1, socket.MSG_PEEK))
+        except MigrationError as exc:
+            return exc.errno != errno.ETIMEDOUT
 
     def receive(self, *kinds: Kind, for_ever: bool = False) -> tuple[Kind, bytes, Fds]:
         """Receive a message of one of these kinds; the caller owns the descriptors.
@@ -221,6 +220,7 @@ class Link:
 
     def _try(self, deadline: float | None, call: Callable[[], Any]) -> Any:
         # What is there already is taken even when this process was stopped for longer than the peer may be silent.
+        before = self.sock.gettimeout()
         self.sock.settimeout(None if deadline is None else max(deadline - time.monotonic(), 0.0))
         try:
             return call()
@@ -228,6 +228,8 @@ class Link:
             raise self._lost(errno.ETIMEDOUT) from None
         except OSError as exc:
             raise self._lost(errno.ECONNRESET if exc.errno in (None, errno.EPIPE) else exc.errno) from None
+        finally:
+            self.sock.settimeout(before)
 
     def _lost(self, number: int) -> OSError:
         hint = f"the peer did not answer within {self.timeout:g} s" if number == errno.ETIMEDOUT else \

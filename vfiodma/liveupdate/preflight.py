@@ -81,6 +81,8 @@ def preflight(ioas: IoAddressSpace, memory: GuestMemory, *, between_processes: b
         findings.append(_by_file(backend))
     if between_processes:
         findings.append(_container(backend))
+        if way == "vaddr":
+            findings.append(_charge(memory, mappings))
     findings.append(_memory(memory, mappings))
     count = len(memory)
     if between_processes:
@@ -119,6 +121,14 @@ def _container(backend: Any) -> Finding:
     except VfioError as exc:
         return Finding("container", False, str(exc), "a container of the running kernel")
     return Finding("container", True, "its descriptors can be sent")
+
+
+def _charge(memory: GuestMemory, mappings: Any) -> Finding:
+    """For the new process to check against its own limit; it does, before anything changes."""
+    mmio = any(region.mmio for region in memory.regions)
+    size = int(mappings[:, 2].sum())
+    return Finding("locked memory", True, f"the kernel charges up to {size} bytes to the new process"
+                   + (", less what is device memory" if mmio else ""))
 
 
 def _memory(memory: GuestMemory, mappings: Any) -> Finding:
