@@ -63,7 +63,7 @@ class Replay:
         pass
 
     def wait_readable(self, timeout=None):
-        return True
+        return timeout != 0
 
     def interrupt(self, receiving=True, sending=True):
         pass

@@ -134,6 +134,48 @@ def test_a_guest_moves_over_all_channels(channels, checksum, compression, monkey
         assert len(line.here) == channels
 
 
+@pytest.mark.parametrize("checksum", ["auto", "none"])
+def test_pages_that_change_while_they_are_sent_arrive_as_they_were_at_the_end(checksum, monkeypatch):
+    monkeypatch.setattr("vfiodma.migration.sender._STAGE_BYTES", 16 * PGSIZE)
+    monkeypatch.setattr("vfiodma.migration.stream.CHUNK_BYTES", 64 * PGSIZE)
+    npages = 2048
+    with no_threads_left(), guest([pages(npages)]) as memory, guest([b"\xee" * (npages * PGSIZE)]) as target:
+        line, stopped = Line(), threading.Event()
+        line.most = 3
+        transport = line.connect()
+        destination = Destination(line, target, checksum=checksum)
+        with MemoryLayout(memory, PGSIZE) as layout, contextlib.closing(transport):
+            tracker = LogTracker(layout)
+
+            def write():
+                rng = random.Random(5)
+                while not stopped.is_set():
+                    for page in rng.choices(range(npages), k=20):
+                        memory.write(page * PGSIZE, rng.choice([bytes(PGSIZE), rng.randbytes(PGSIZE)]))
+                        tracker.log.mark(page)
+
+            writer = threading.Thread(target=write)
+
+            class Writing(Machine):
+                def stop(self):
+                    stopped.set()
+                    writer.join()
+                    super().stop()
+
+            source = PrecopySource(transport, downtime_limit=1e-9, max_rounds=6, checksum=checksum, channels=3,
+                                   connect=line.connect)
+            with contextlib.closing(source):
+                source.introduce(memory, PGSIZE)
+                writer.start()
+                try:
+                    result = source.migrate(layout, tracker, Writing())
+                finally:
+                    stopped.set()
+        destination.join(15)
+        assert destination.failure is None and len(result.rounds) == 7
+        assert content_of(target) == content_of(memory)
+
+
 @given(st.sets(st.integers(0, 299)), st.integers(1, 4), st.integers(0, 1 << 32))
 @settings(deadline=None)
 def test_every_dirty_page_is_sent_once_over_whichever_channel(dirty, channels, seed):
