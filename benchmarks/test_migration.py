@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import qemu_pair
 
 from vfiodma import (
     DirtyBitmap,
@@ -27,7 +28,7 @@ from vfiodma.migration import SocketTransport
 from vfiodma.migration.layout import MemoryLayout
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZE = 256 << 20
+SIZE = int(os.environ.get("VFIODMA_BENCH_GUEST", str(256 << 20)))
 MADV_POPULATE_WRITE = 23
 
 
@@ -151,6 +152,31 @@ def test_whole_memory_over_a_unix_socket_destination_prefaulted(benchmark, memor
     benchmark.extra_info.update(own_gb_s=round(own, 2), peer="a C program's 1 MiB writes and reads",
                                 peer_gb_s=round(other, 2), ratio=round(ratio, 2), limit=limit)
     assert ratio > limit
+
+
+@pytest.mark.parametrize("checksum", ["none", "xxh3"])
+def test_whole_memory_beside_qemu(benchmark, memories, checksum):
+    """The same two files are the RAM of two QEMUs, paused and without a system, and guest memory here."""
+    if why := qemu_pair.missing():
+        pytest.skip(why)
+    if checksum == "xxh3":
+        pytest.importorskip("xxhash")
+    memory, target = memories
+    fds = memory.region.fd, target.region.fd
+    times = {"own": [], "plain": [], "multifd": []}
+    for _ in range(5):
+        times["own"].append(stream(memory, target, checksum))
+        times["plain"].append(qemu_pair.migrate(*fds, SIZE)["total-time"] / 1e3)
+        times["multifd"].append(qemu_pair.migrate(*fds, SIZE, channels=2)["total-time"] / 1e3)
+    assert target.read(0, SIZE) == memory.read(0, SIZE)
+    gbit = {name: SIZE * 8 / statistics.median(taken) / 1e9 for name, taken in times.items()}
+    best = [min(pair) for pair in zip(times["plain"], times["multifd"], strict=True)]
+    ratios = [other / own for own, other in zip(times["own"], best, strict=True)]
+    benchmark.pedantic(lambda: None)
+    benchmark.extra_info.update(
+        own_gbit_s=round(gbit["own"], 1), peer="the better of QEMU's plain and multifd migration, TCG, preallocated",
+        qemu_plain_gbit_s=round(gbit["plain"], 1), qemu_multifd_gbit_s=round(gbit["multifd"], 1),
+        ratio=round(statistics.median(ratios), 2), least=round(min(ratios), 2), most=round(max(ratios), 2), limit=1.0)
 
 
 @pytest.mark.parametrize("mappings", [8, 10_000])
