@@ -1,11 +1,15 @@
 """Devices that fail on their way: a typed error with the device's name, and every device runs again or says why not."""
 import errno
 import itertools
+import json
 import random
+import struct
 import warnings
 import zlib
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from migrating_devices import Chip, addresses, finish, machine, send
 
 from vfiodma.devices import DmaWriter, EduDevice
@@ -330,3 +334,33 @@ def test_a_state_without_end_is_cut_off(make):
             for _ in range(limit // len(piece) + 1):
                 sinks.devices[0].write(piece)
         assert caught.value.errno == errno.ENOMEM
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                    max_leaves=6)
+
+
+@given(st.sampled_from(["working_set", "rate", "block", "seed", "writes", "faulted", "started", None]), JSON)
+def test_a_writer_takes_no_values_that_make_no_sense(key, value):
+    """With a good checksum: it is refused, or it works."""
+    settings = {"working_set": [[0x1000, 0x4000]], "rate": 1e6, "block": 4096, "seed": 1}
+    progress = {"writes": 5, "faulted": 0, "started": False}
+    parts = [settings, progress] if key is not None else [value, progress]
+    for part in parts:
+        if key is not None and key in part:
+            part[key] = value
+    data = b""
+    for number, part in enumerate(parts, 1):
+        content = json.dumps(part).encode()
+        body = struct.pack("<4sBBHI", b"dmaw", 1, number, 0, len(content)) + content
+        data += body + struct.pack("<I", zlib.crc32(body))
+    device = writer()
+    try:
+        device.set_state(data)
+    except VfioError as exc:
+        assert exc.errno == errno.EIO
+        assert (device.seed, device.writes) == (99, 0)
+        return
+    if device.working_set:
+        device.blocks(device.writes, 3)

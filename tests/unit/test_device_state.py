@@ -55,6 +55,75 @@ def test_both_satisfy_the_protocols():
         assert isinstance(DeviceStateSink(device), StateSink)
 
 
+class Clock:
+    """A device that a VMM emulates itself, both ways: its state is a number."""
+
+    name = "clock"
+
+    def __init__(self, ticks=0):
+        self.ticks, self.calls, self.state = ticks, [], b""
+
+    def preflight(self):
+        return MigrationFlags.STOP_COPY | MigrationFlags.P2P
+
+    def start(self):
+        self.state = None
+
+    def pending(self):
+        return Pending(0, 0, 8)
+
+    def readinto(self, buffer):
+        piece, self.state = self.state[:len(buffer)], self.state[len(buffer):]
+        buffer[:len(piece)] = piece
+        return len(piece)
+
+    def stop(self):
+        self.state = self.ticks.to_bytes(8, "little")
+
+    def prepare(self):
+        self.state = b""
+
+    def write(self, data):
+        self.state += data
+
+    def load(self):
+        self.ticks = int.from_bytes(self.state, "little")
+
+    def quiesce(self):
+        self.calls.append("quiesce")
+
+    def resume_p2p(self):
+        self.calls.append("resume_p2p")
+        return False
+
+    def resume(self):
+        self.calls.append("resume")
+        return False
+
+    def reset(self):
+        self.ticks = 0
+
+    def close(self):
+        pass
+
+
+def test_a_vmm_brings_devices_of_its_own():
+    here, there = chips(1), chips(1)
+    with machine(*here) as old, machine(*there) as new:
+        clock, other = Clock(123456), Clock()
+        source, sinks = DeviceStates([clock, *old], chunk=3), DeviceSinks([*new, other])
+        sinks.prepare()
+        source.start()
+        here[0].poke(1, 1)
+        send(source, sinks)
+        finish(source, sinks)
+        assert other.ticks == 123456 and there[0].content() == here[0].content()
+        assert clock.calls == ["quiesce"] and other.calls == ["resume_p2p", "resume"]
+    for wrong in ("0000:00:10.0", None, object()):
+        with pytest.raises(InvalidArgumentError):
+            DeviceStates([wrong])
+
+
 # ---- the order
 
 @pytest.mark.parametrize("flags", [3, 7])
@@ -198,6 +267,21 @@ def test_a_device_that_changes_all_the_time_does_not_hold_up_a_round():
             chip.poke(turn % 16, turn)
             total += len(chunk) - 16
         assert total == 16 * 72
+        source.resume()
+
+
+def test_memory_of_chunks_is_used_again_unless_they_are_kept():
+    chip, = chips(1, blocks=64)
+    with machine(chip) as [device], DeviceStates([device], chunk=100) as source:
+        source.start()
+        assert len({id(chunk.obj) for _, chunk in source.chunks()}) == 2
+        source.resume()
+        source.start()
+        kept = [chunk for _, chunk in source.chunks()]
+        copies = [bytes(chunk) for chunk in kept]
+        source.quiesce()
+        list(source.final_chunks())
+        assert kept == copies and len({id(chunk.obj) for chunk in kept}) == len(kept)
         source.resume()
 
 

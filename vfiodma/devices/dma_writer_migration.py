@@ -124,12 +124,13 @@ class DmaWriterMigration:
             working_set = [(int(iova), int(size)) for iova, size in settings["working_set"]]
             rate, block, seed = float(settings["rate"]), int(settings["block"]), int(settings["seed"])
             writes, faulted, started = int(progress["writes"]), int(progress["faulted"]), bool(progress["started"])
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as exc:
             if isinstance(exc, OSError):
                 raise
             raise _damaged(f"it makes no sense: {exc!r}") from None
         if not all(0 <= iova < iova + size <= _ADDRESSES for iova, size in working_set) or not 0 <= rate < 1e15 \
-                or not 0 < block <= 1 << 20 or not 0 <= seed < _ADDRESSES or not 0 <= faulted <= writes < _ADDRESSES:
+                or not 0 < block <= 1 << 20 or block % 512 or not 0 <= seed < _ADDRESSES \
+                or not 0 <= faulted <= writes < _ADDRESSES:
             raise _damaged("a value that can't be")
         device.working_set, device.rate, device.block, device.seed = working_set, rate, block, seed
         device.writes, device.faulted, device.started = writes, faulted, started

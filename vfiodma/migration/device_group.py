@@ -100,8 +100,11 @@ def _check_group(devices: Sequence[Any], peer_to_peer: bool) -> list[MigrationFl
     return flags
 
 
-def _named(devices: Iterable[Any], wrap: type) -> list[Any]:
+def _named(devices: Iterable[Any], wrap: type, protocol: type) -> list[Any]:
     parts = [wrap(device) if isinstance(device, VfioDevice) else device for device in devices]
+    for part in parts:
+        if not isinstance(part, protocol):
+            raise error(errno.EINVAL, "migrate_device", hint=f"{part!r} is no VfioDevice and no {protocol.__name__}")
     names = [part.name for part in parts]
     for name in names:
         if not name or names.count(name) > 1:
@@ -124,6 +127,27 @@ def _resume(devices: Sequence[Any], together: _SideBySide) -> tuple[str, ...]:
     return names
 
 
+class _Buffers:
+    """Two buffers by turns, since new memory costs more than to fill it; one that its taker has kept is left to him."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._pair = [bytearray(), bytearray()]
+
+    def next(self) -> memoryview:
+        """Return memory that nobody holds."""
+        self._pair.reverse()
+        buffer = self._pair[0]
+        try:
+            buffer.append(0)            # BufferError: a view of it is alive
+            del buffer[self._size:]
+        except BufferError:
+            buffer = bytearray()
+        if len(buffer) < self._size:
+            buffer = self._pair[0] = bytearray(self._size)
+        return memoryview(buffer)
+
+
 class DeviceStates:
     """The devices that a migration moves away.
 
@@ -134,7 +158,7 @@ class DeviceStates:
     peer_to_peer : bool
         Devices may do DMA to one another, so that several of them need P2P states.  False: they never do.
     chunk : int
-        Bytes of a chunk, at most; that is also what is held in memory.
+        Bytes of a chunk, at most; two of them are held in memory.
 
     Notes
     -----
@@ -147,9 +171,10 @@ class DeviceStates:
                  chunk: int = CHUNK_BYTES) -> None:
         if not 0 < chunk <= MAX_CHUNK:
             raise error(errno.EINVAL, "migrate_device", hint=f"a chunk has 1 to {MAX_CHUNK} bytes, not {chunk}")
-        self.devices: list[StateSource] = _named(devices, DeviceStateSource)
+        self.devices: list[StateSource] = _named(devices, DeviceStateSource, StateSource)
         self._peer_to_peer = peer_to_peer
         self._chunk = chunk
+        self._buffers = _Buffers(_HEADER.size + chunk)
         self._together = _SideBySide(self.devices)
         self._offsets: dict[str, int] = {}
         self._attempt = -1
@@ -191,7 +216,7 @@ class DeviceStates:
         """Yield (name of the STATE frame, its bytes) while the devices run.
 
         No more is read than ``pending`` tells at the beginning, so that it ends however much the devices change.  The
-        bytes are the taker's: their memory is not used again.
+        bytes may be kept; where they are not, their memory is used again.
         """
         for device in self.devices:
             initial, dirty, _ = device.pending()
@@ -221,8 +246,8 @@ class DeviceStates:
 
     def _read(self, device: StateSource, most: int, at_end: int = 0) -> tuple[memoryview, int]:
         """Return a chunk and the bytes of its content; ``at_end`` are the flags of one without."""
-        buffer = memoryview(bytearray(_HEADER.size + most))
-        count, offset = device.readinto(buffer[_HEADER.size:]), self._offsets[device.name]
+        buffer = self._buffers.next()
+        count, offset = device.readinto(buffer[_HEADER.size:_HEADER.size + most]), self._offsets[device.name]
         _HEADER.pack_into(buffer, 0, CHUNK_VERSION, 0 if count else at_end, self._attempt, count, offset)
         self._offsets[device.name] = offset + count
         return buffer[:_HEADER.size + count], count
@@ -285,7 +310,7 @@ class DeviceSinks:
 
     def __init__(self, devices: Iterable[VfioDevice | StateSink], *, peer_to_peer: bool = True,
                  limit: int = 16 << 30) -> None:
-        self.devices: list[StateSink] = _named(devices, DeviceStateSink)
+        self.devices: list[StateSink] = _named(devices, DeviceStateSink, StateSink)
         self._peer_to_peer = peer_to_peer
         self._limit = limit
         self._together = _SideBySide(self.devices)
