@@ -57,6 +57,19 @@ class SnapshotTracker(DirtyTracker):
         super().stop()
 
 
+def missing_pages(layout, tracker, ledger, target):
+    """Return pages that the destination has otherwise than the source had when tracking ended, and no ledger knows."""
+    assert not ledger.in_flight.any()
+    lost = []
+    for block, image, (gpa, region) in zip(layout.blocks, tracker.image, target, strict=True):
+        got = target.read(gpa, region.size)
+        for page in range(block.npages):
+            place, bit = slice(page * PAGE, (page + 1) * PAGE), block.first_bit + page
+            if image[place] != got[place] and not ledger.pending.test(bit) and not tracker.left.test(bit):
+                lost.append(bit)
+    return lost
+
+
 class SoftMachine:
     """A machine whose devices write into all of its memory by DMA, a thread each, until it is stopped.
 
@@ -129,18 +142,6 @@ class SoftMachine:
 
     def state(self):
         return {"sha256": self.layout.digest()}
-
-    def missing(self, ledger, target):
-        """Return pages that the destination has otherwise than this machine had when tracking ended, and no ledger."""
-        assert not ledger.in_flight.any()
-        lost = []
-        for block, image, (gpa, region) in zip(self.layout.blocks, self.tracker.image, target, strict=True):
-            got = target.read(gpa, region.size)
-            for page in range(block.npages):
-                place, bit = slice(page * PAGE, (page + 1) * PAGE), block.first_bit + page
-                if image[place] != got[place] and not ledger.pending.test(bit) and not self.tracker.left.test(bit):
-                    lost.append(bit)
-        return lost
 
     def close(self):
         self.halt()

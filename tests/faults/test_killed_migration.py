@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 from migration_doubles import content_of
-from migration_machines import Child, Doom, Gate, Mortal, SoftMachine, empty_guest, small_guest
+from migration_machines import Child, Doom, Gate, Mortal, SoftMachine, empty_guest, missing_pages, small_guest
 
 from vfiodma.errors import HandoverError, MigrationError, VfioError
 from vfiodma.migration import PageReceiver, PrecopySource
@@ -332,7 +332,7 @@ class Receivers:
             assert phase != "OWNER" and DestinationHandover(Journal(self.there)).phase is not Phase.OWNER
             assert machine.calls in ([], ["stop", "resume"])
             if source.ledger is not None:
-                assert machine.missing(source.ledger, self.target) == []
+                assert missing_pages(machine.layout, machine.tracker, source.ledger, self.target) == []
         return (*self.before, source.handover.state.value)
 
 
