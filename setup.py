@@ -31,6 +31,7 @@ KERNELS = {
     "type1": ["rangemap"],
     "kernel": [],
     "userfault": ["pagemap", "pagehash", "bitmap", "bitmap_x86", "bitmap_arm"],
+    "pagefile": ["pagefile", "pagehash", "copy"],
     "iommufd": ["rangemap", "bitmap", "bitmap_x86", "bitmap_arm"],
 }
 

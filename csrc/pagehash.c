@@ -1,12 +1,13 @@
 #include "pagehash.h"
 
+#include <endian.h>
 #include <string.h>
 
 static inline uint64_t load(const unsigned char *p)
 {
     uint64_t value;
     memcpy(&value, p, 8);
-    return value;
+    return le64toh(value);      /* hashes are kept in files: the same on every machine */
 }
 
 /* Both halves of the product of 64 x 64 bits, folded: the mixing step of multiply-based hashes. */

@@ -115,6 +115,15 @@ class HandoverError(MigrationError):
     """EINPROGRESS: nobody knows yet whose the guest is; it stands still here."""
 
 
+class SnapshotError(VfioError):
+    """A snapshot that can't be saved or loaded.
+
+    ENOSPC, EDQUOT, EFBIG, EIO, EACCES, ...: the file system said so, and what was saved before is as it was.  EBADMSG:
+    the file is damaged, truncated, or no snapshot.  EPROTONOSUPPORT: it is of a newer version.  ESTALE: it is not the
+    snapshot that the changes are relative to.  EBUSY: somebody saves it, or has it mapped.
+    """
+
+
 class MissingExtraError(ImportError):
     """An optional library is needed; the text names the extra to install."""
 
