@@ -258,3 +258,15 @@ def test_a_switch_of_a_model_guest_keeps_its_limit_or_is_marked(bandwidth, rate,
     decision = guest.run()
     if decision.step is Step.SWITCH:
         assert guest.downtime() <= limit * 1.25
+
+
+def test_after_one_round_it_is_open_until_an_interval_of_another_length_is_seen():
+    guest = Guest(bandwidth=GIB, rate=10 * GIB, working_set=0.6 * GIB, downtime_limit=0.3)
+    guest.round()
+    found = guest.convergence.forecast()
+    assert found.converges is None and found.text.startswith("open: ")
+    guest.convergence.observe_writes(0.01, int(guest.written(0.01)))
+    assert guest.convergence.forecast().converges is False
+    idle = Guest(rate=MIB, working_set=MIB)
+    idle.round()
+    assert idle.convergence.forecast().converges

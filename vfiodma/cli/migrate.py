@@ -161,9 +161,9 @@ def send(
                         f"downtime {milliseconds(result.downtime)} of {milliseconds(downtime / 1e3)}, predicted "
                         f"{milliseconds(result.predicted_downtime)}; {guest.dma['writes']:,} DMA writes meanwhile")
     if plot is not None:
-        from .plot import plot_rounds
+        from .plot import plot_migration
 
-        plot_rounds({**asdict(result), "downtime_limit": downtime / 1e3}, plot)
+        plot_migration(asdict(result), plot, title=f"{amount(size)} of memory moved while {devices} devices write")
 
 
 def serve(

@@ -137,7 +137,7 @@ class Decision:
 class Forecast:
     """Whether a migration will keep its limit, with the numbers."""
 
-    converges: bool
+    converges: bool | None      #: None: it can't be said yet, the intervals seen are all of about one length
     bandwidth: float            #: bytes/s
     dirty_rate: float           #: bytes/s at which memory is written, pages written again counted once
     working_set: float          #: bytes; infinity when no bound is known
@@ -226,6 +226,13 @@ class Convergence:
         self.left = int(clean(sample.dirty_bytes))
         self._history.append(self.left)
 
+    def observe_writes(self, seconds: float, dirty_bytes: int) -> None:
+        """Take in an interval that was measured beside the rounds: the unique bytes written in ``seconds``.
+
+        A short one, before the start or within the long first round, tells the rate that the first round hides.
+        """
+        self.working_set.observe(clean(seconds) * (1 - self.throttle), dirty_bytes)
+
     def predict(self) -> Prediction:
         """Return the downtime if the devices were stopped now."""
         costs = self.costs
@@ -285,13 +292,16 @@ class Convergence:
         if not self.rounds:
             raise error(errno.EINVAL, "forecast", hint="observe a round first, or call convergence.forecast()")
         work = 1 - self.throttle
+        # Intervals of one length do not tell a guest that writes slowly from one that writes the same pages quickly.
+        worst = self.left if not self.working_set.settled else 0
         rounds = next_rounds(self.left, self._round_seconds, lambda t: self.working_set.unique(t * work),
                              max(1, min(_FORECAST_ROUNDS, self.policy.max_rounds - self.rounds)), self.policy.floor)
         left = min(self.left, *(left for _, left in rounds))
         parts = replace(self.predict().breakdown, send=self.link.seconds(left * self._density))
         bandwidth = self.link.bandwidth / self._density if self._density else 0.0
+        fixed = parts.total - parts.send
         return _forecast(bandwidth, self.working_set.rate * work, self.working_set.size, rounds, left, parts.total,
-                         parts.total - parts.send, self.policy.last_limit)
+                         fixed, self.policy.last_limit, fixed + self.link.seconds(worst * self._density))
 
     # Inside
 
@@ -396,11 +406,14 @@ def forecast(size: float, bandwidth: float, dirty_rate: float, working_set: floa
 
 
 def _forecast(bandwidth: float, dirty_rate: float, working_set: float, rounds: list[tuple[float, float]], left: float,
-              downtime: float, fixed: float, limit: float) -> Forecast:
+              downtime: float, fixed: float, limit: float, worst: float = 0.0) -> Forecast:
     seconds = sum(seconds for seconds, _ in rounds)
-    converges = downtime <= limit
+    converges = None if downtime <= limit < worst else downtime <= limit
     rates = f"dirty {_bytes(dirty_rate)}/s, link {_bytes(bandwidth)}/s"
-    if converges:
+    if converges is None:
+        text = f"open: {_seconds(downtime)} to {_seconds(worst)} of downtime, the limit is {_seconds(limit)}; " \
+               f"dirty at least {_bytes(dirty_rate)}/s, link {_bytes(bandwidth)}/s"
+    elif converges:
         text = f"will converge: {len(rounds)} rounds in {_seconds(seconds)}, then {_seconds(downtime)} of downtime, " \
                f"the limit is {_seconds(limit)}; {rates}"
     else:

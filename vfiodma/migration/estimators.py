@@ -125,7 +125,7 @@ class Link:
     def _line(self, near: float) -> tuple[float, float]:
         """Return (seconds, seconds a byte) of the line for sizes about ``near``."""
         newest = len(self._samples) - 1
-        weights = [_FADE ** (newest - index) / (1 + math.log(work / near) ** 2)
+        weights = [_FADE ** (newest - index) / (1 + (math.log(work) - math.log(near)) ** 2)
                    for index, (work, _) in enumerate(self._samples)]
         fixed, per_byte = _fit_line(self._samples, weights)
         for _ in range(2):
@@ -173,8 +173,15 @@ class WorkingSet:
 
     def observe(self, seconds: float, unique_bytes: float) -> None:
         """Take in what was written in an interval."""
-        self._points.append((max(clean(seconds), _SMALLEST), clean(unique_bytes)))
+        unique_bytes = clean(unique_bytes)
+        self._points.append((max(clean(seconds), _SMALLEST), unique_bytes if unique_bytes >= 1 else 0.0))
         self._fit()
+
+    @property
+    def settled(self) -> bool:
+        """Whether intervals of more than one length were seen, so that rate and size can be told apart."""
+        lengths = [seconds for seconds, _ in self._points]
+        return bool(lengths) and max(lengths) > 1.5 * min(lengths)
 
     def curve(self, seconds: float) -> float:
         """Return the fitted function at ``seconds``."""
@@ -189,7 +196,7 @@ class WorkingSet:
         if not seconds or not self._points:
             return 0.0
         # The nearest interval that was seen corrects the curve: guests have several working sets, the curve has one.
-        near, seen = min(self._points, key=lambda point: (abs(math.log(point[0] / seconds)), -point[0]))
+        near, seen = min(self._points, key=lambda point: (abs(math.log(point[0]) - math.log(seconds)), -point[0]))
         there = self.curve(near)
         found = self.curve(seconds) * (seen / there if there > 0 else 1.0)
         return min(found, seen * seconds / near) if seconds > near else min(found, seen)
@@ -232,7 +239,7 @@ def _fit_rate(size: float, points: list[tuple[float, float, float]]) -> tuple[fl
         for seconds, unique, weight in points:
             x = min(rate * seconds / size, 700.0)
             written = -math.expm1(-x)
-            off = math.log(unique / size / max(written, 1e-300))
+            off = math.log(unique) - math.log(size) - math.log(max(written, 1e-300))
             slope = x * math.exp(-x) / max(written, 1e-300)
             slopes, squares, now = slopes + weight * slope * off, squares + weight * slope ** 2, now + weight * off ** 2
         if now >= error:
@@ -274,7 +281,7 @@ class Spread:
     def observe(self, predicted: float, measured: float) -> None:
         """Compare what a round took with what was predicted for it."""
         if 0 < predicted < math.inf and 0 < measured < math.inf:
-            self._off.append(max(-1.0, min(1.0, math.log(measured / predicted))))
+            self._off.append(max(-1.0, min(1.0, math.log(measured) - math.log(predicted))))
 
     @property
     def share(self) -> float:
