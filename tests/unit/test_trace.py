@@ -162,7 +162,7 @@ def test_a_file_that_is_cut_anywhere_is_refused_with_what_to_do(name, tmp_path):
     path = tmp_path / name
     write_trace(trace_of([[(0, 1, 3), (1, 2, 3)], [(0, 50, 5)]]), path)
     whole = path.read_bytes()
-    for length in range(0, len(whole) - 1, 1 + len(whole) // 400):      # without the last newline it is complete
+    for length in range(0, len(whole) - 1, 1 + len(whole) // 150):      # without the last newline it is complete
         path.write_bytes(whole[:length])
         with pytest.raises(ProtocolError, match="record it again"):
             read_trace(path)
@@ -175,7 +175,7 @@ def test_a_flipped_byte_is_refused_or_makes_another_trace_but_never_another_erro
     path = tmp_path / name
     write_trace(trace_of([[(0, 1, 3), (1, 2, 3)], [(0, 50, 5)]]), path)
     whole = path.read_bytes()
-    for at in range(0, len(whole), 1 + len(whole) // 500):
+    for at in range(0, len(whole), 1 + len(whole) // 150):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x15]) + whole[at + 1:])
         try:
             assert isinstance(read_trace(path), Trace)
