@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import struct
+import threading
 import warnings
 import zlib
 
@@ -163,6 +164,36 @@ def test_a_driver_that_says_more_will_come_after_the_stop_is_not_believed():
         assert caught.value.errno == errno.ENOMSG
         del stream.readinto
         source.resume()
+
+
+def test_without_threads_nothing_begins(monkeypatch):
+    here, plain, started = chips(7), threading.Thread.start, []
+
+    def start(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        plain(thread)
+    with machine(*here) as old:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        with pytest.raises(VfioError, match="3 threads are needed") as caught:
+            DeviceStates(old).start()
+        assert caught.value.errno == errno.EAGAIN and not here[0].log
+        assert len(started) == 2 and not any(thread.is_alive() for thread in started)
+        monkeypatch.undo()
+        moves(old, 7, here)
+
+
+def test_a_device_of_a_vmm_with_an_error_of_its_own_keeps_no_other_from_running():
+    here = chips(7)
+    with machine(*here) as old:
+        source = DeviceStates(old)
+        source.start()
+        source.quiesce()
+        source.devices[0].resume_p2p = lambda: {}["no such key"]
+        with pytest.raises(KeyError):
+            source.resume()
+        assert states(old) == [RUNNING] * 3
 
 
 # ---- the destination

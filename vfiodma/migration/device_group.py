@@ -10,6 +10,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from functools import partial
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from .._core.errno import error
 from .._core.type1 import generation
 from ..devices.migration import MigrationFlags
 from ..devices.pci import VfioDevice
-from ..errors import MigrationError, UnsupportedError, VfioError
+from ..errors import MigrationError, UnsupportedError
 from .device_state import DeviceStateSink, DeviceStateSource, Pending, StateSink, StateSource
 from .stream import damaged
 
@@ -45,24 +46,32 @@ class _SideBySide:
         if self._generation != generation():        # the threads are the parent's
             self._pool, self._generation = None, generation()
         if self._pool is None and count > 1:
-            from concurrent.futures import ThreadPoolExecutor
-
-            self._pool = ThreadPoolExecutor(count, "device state")
-            list(self._pool.map(lambda barrier: barrier.wait(), [threading.Barrier(count)] * count))
-
-    def try_all(self, step: Callable[[Any], Any]) -> tuple[list[Any], list[VfioError]]:
-        """Return what the steps returned (None: failed), and the failures."""
-        if len(self._devices) < 2:
-            futures: list[Any] = [partial(step, device) for device in self._devices]
-        else:
-            self.begin()
-            futures = [self._pool.submit(step, device).result for device in self._devices]
-        results: list[Any] = []
-        failures: list[VfioError] = []
-        for future in futures:
+            pool, barrier = futures.ThreadPoolExecutor(count, "device state"), threading.Barrier(count)
             try:
-                results.append(future())
-            except VfioError as exc:
+                list(pool.map(lambda _: barrier.wait(), range(count)))
+            except RuntimeError as exc:
+                barrier.abort()
+                pool.shutdown()
+                raise error(errno.EAGAIN, "migrate_device", hint=f"{count} threads are needed: {exc}") from None
+            self._pool = pool
+
+    def try_all(self, step: Callable[[Any], Any]) -> tuple[list[Any], list[Exception]]:
+        """Return what the steps returned (None: failed), and the failures."""
+        outcomes: list[Callable[[], Any]] = [partial(step, device) for device in self._devices]
+        if len(outcomes) > 1:
+            self.begin()
+            begun = [self._pool.submit(outcome) for outcome in outcomes]
+            try:
+                futures.wait(begun)
+            finally:            # interrupted: what follows must not overtake a step that is under way
+                futures.wait(begun)
+            outcomes = [future.result for future in begun]
+        results: list[Any] = []
+        failures: list[Exception] = []
+        for outcome in outcomes:
+            try:
+                results.append(outcome())
+            except Exception as exc:
                 results.append(None)
                 failures.append(exc)
         return results, failures
@@ -78,7 +87,7 @@ class _SideBySide:
             pool.shutdown()
 
 
-def _raise(failures: Sequence[VfioError]) -> None:
+def _raise(failures: Sequence[Exception]) -> None:
     """Raise the first failure, if there is one, with the others as notes."""
     if failures:
         texts = {str(failures[0])}
