@@ -248,10 +248,17 @@ class PrecopySource:
             EINPROGRESS: the destination was told, and no answer came.  It may own the guest, which stands still here
             until ``settle`` has asked.
         MigrationError
-            ECANCELED: the destination has given the guest up for good; the devices run on here.
+            ECANCELED: the destination has given the guest up for good; the devices run on here.  ENOSPC, EIO, ...: the
+            journal can't be written, the guest was not given; the devices run on here.
         """
         self._on_event(Stage("release"))
-        self.handover.commit()
+        with self._written("the guest runs on here"):
+            try:
+                self.handover.commit()
+            except OSError:
+                if self.handover.state is SourceState.STOPPED:
+                    self.abort()
+                raise
         try:
             with self._failing("release"):
                 self._say_run()
@@ -458,6 +465,17 @@ class PrecopySource:
 
     # The journal
 
+    @contextlib.contextmanager
+    def _written(self, consequence: str) -> Any:
+        """Turn a failure of the file system into MigrationError."""
+        try:
+            yield
+        except VfioError:
+            raise
+        except OSError as exc:
+            raise MigrationError(exc.errno or errno.EIO, operation="release",
+                                 hint=f"the journal can't be written: {consequence}") from exc
+
     def _taking(self, hello: Hello) -> SourceHandover:
         """What the journal says of a stream, and will say."""
         return SourceHandover(self._journal, hello.stream_id.hex(), hello=stream.encode_hello(hello).hex())
@@ -566,7 +584,8 @@ class PrecopySource:
             self._settled(ready.phase)
 
     def _settled(self, phase: Phase) -> None:
-        self.handover.settle(phase)
+        with self._written("settle() when it can be"):
+            self.handover.settle(phase)
         if phase is Phase.OWNER:
             self._on_event(Stage("given"))
             return
