@@ -52,3 +52,15 @@ int maprows_split(const uint64_t *entries, size_t n, uint64_t extra, uint64_t *t
     }
     return 0;
 }
+
+int maprows_rejoin(const uint64_t *rows, const uint64_t *waiting, size_t n, uint64_t *translations)
+{
+    for (size_t i = 0; i < n; i++, rows += 3, waiting += 3, translations += 3) {
+        if (rows[0] != waiting[0] || rows[2] != waiting[1])
+            return -ENOENT;
+        translations[0] = rows[0];
+        translations[1] = rows[2];
+        translations[2] = rows[1];
+    }
+    return 0;
+}

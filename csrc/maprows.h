@@ -28,4 +28,8 @@ void maprows_place(const uint64_t *rows, size_t n, const uint64_t *bases, uint64
  * a tag without permission or with further bits. */
 int maprows_split(const uint64_t *entries, size_t n, uint64_t extra, uint64_t *translations, uint64_t *tags,
                   uint64_t *updates, size_t *bad);
+
+/* Join rows {iova, vaddr, size} with what waits for them, {iova, size, old vaddr}, into {iova, size, vaddr}.  0, or -ENOENT where
+ * they are not the same mappings in the same order. */
+int maprows_rejoin(const uint64_t *rows, const uint64_t *waiting, size_t n, uint64_t *translations);
 #endif

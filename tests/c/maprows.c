@@ -46,6 +46,12 @@ int main(void)
         assert(parts[1][i][0] == entries[i][0] && parts[1][i][1] == entries[i][2] && parts[1][i][2] == (entries[i][3] | 8));
         assert(parts[2][i][0] == entries[i][0] && parts[2][i][1] == entries[i][1] && parts[2][i][2] == entries[i][2]);
     }
+    uint64_t waiting[N][3], joined[N][3];
+    for (int i = 0; i < N; i++)
+        memcpy(waiting[i], (uint64_t[]){entries[i][0], entries[i][2], 1}, sizeof(waiting[i]));
+    assert(!maprows_rejoin(parts[2][0], waiting[0], N, joined[0]) && !memcmp(joined, parts[0], sizeof(joined)));
+    waiting[2][1]++;
+    assert(maprows_rejoin(parts[2][0], waiting[0], N, joined[0]) == -ENOENT);
     entries[1][3] = 4;
     assert(maprows_split(entries[0], N, 0, parts[0][0], parts[1][0], parts[2][0], &bad) == -EINVAL && bad == 1);
     entries[1][3] = 8 | 3;

@@ -126,8 +126,8 @@ def state(ioas):
 
 
 def count_keepers(table, row):
-    keeper = table.tags.find(row.iova)[2] >> 3
-    return table._keepers[keeper][1] if keeper else None
+    holder = table.holder(table.tags.find(row.iova)[2] >> 3)
+    return holder[1] if holder else None
 
 
 def refused(number, call, *arguments, **options):

@@ -12,6 +12,7 @@ cdef extern from "maprows.h" nogil:
     void maprows_place(const uint64_t *rows, size_t n, const uint64_t *bases, uint64_t *entries)
     int maprows_split(const uint64_t *entries, size_t n, uint64_t extra, uint64_t *translations, uint64_t *tags,
                       uint64_t *updates, size_t *bad)
+    int maprows_rejoin(const uint64_t *rows, const uint64_t *waiting, size_t n, uint64_t *translations)
 
 FAULTS = ("", "leads to no region, or has no permission", "is empty, misaligned or ends above 2**64 - 1",
           "overlaps the one before it, or is out of order", "reaches beyond its region", "is more than can be")
@@ -107,3 +108,26 @@ def split_entries(entries, uint64_t extra=0):
     if err:
         raise_errno(EINVAL, "adopt", None, None, f"entry {bad} has no permission")
     return parts
+
+
+def rejoin_rows(rows, waiting):
+    """Return (iova, size, vaddr) of rows (iova, vaddr, size) that are those waiting (iova, size, old vaddr), or None."""
+    cdef Py_buffer view, others, out
+    cdef Py_ssize_t n, m
+    cdef int err
+    acquire_rows(rows, &view, 3, &n, "rejoin_rows")
+    try:
+        acquire_rows(waiting, &others, 3, &m, "rejoin_rows")
+        try:
+            if n != m or not n:
+                return None
+            translations = table(n, 3)
+            PyObject_GetBuffer(translations, &out, PyBUF_SIMPLE | PyBUF_WRITABLE)
+            with nogil:
+                err = maprows_rejoin(<uint64_t *> view.buf, <uint64_t *> others.buf, n, <uint64_t *> out.buf)
+            PyBuffer_Release(&out)
+        finally:
+            PyBuffer_Release(&others)
+    finally:
+        PyBuffer_Release(&view)
+    return None if err else translations

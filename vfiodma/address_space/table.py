@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .._core.errno import error
-from .._core.maprows import split_entries
+from .._core.maprows import rejoin_rows, split_entries
 from .._core.rangemap import RangeMap, VaddrIndex
 from ..errors import NotMappedError
 from ..types import Mapping, Prot
@@ -52,8 +52,11 @@ class MappingTable:
         self.translations, self.invalid, self.tags = RangeMap(), RangeMap(), RangeMap()
         self._reverse: VaddrIndex | None = VaddrIndex()     # None: made again when somebody asks
         self._release = release
-        self._keepers: dict[int, list[Any]] = {}        # number -> [what is kept, mappings that need it]
-        self._newest = 0
+        # What keeps memory: [it, mappings that need it].  Numbers below the floor mean the common one, the floor itself
+        # means none: so everything changes its keeper without a step for each mapping.
+        self._keepers: dict[int, list[Any]] = {}
+        self._common: list[Any] | None = None
+        self._floor = self._newest = 0
 
     def __len__(self) -> int:
         return len(self.tags)
@@ -149,7 +152,7 @@ class MappingTable:
 
     def add(self, row: Row) -> None:
         """Enter a new mapping; :meth:`remove` takes back what a failure left."""
-        self.tags.insert(row.iova, row.size, row.prot | _MMIO * row.mmio)
+        self.tags.insert(row.iova, row.size, row.prot | _MMIO * row.mmio | self._floor << _KEEPER_SHIFT)
         self.translations.insert(row.iova, row.size, row.vaddr)
         if self._reverse is not None:
             self._reverse.insert(row.vaddr, row.size, row.iova)
@@ -190,20 +193,28 @@ class MappingTable:
         entry = self.tags.find(row.iova)
         if entry is None:
             return
-        old, new = entry[2] >> _KEEPER_SHIFT, 0
+        old, new = entry[2] >> _KEEPER_SHIFT, self._floor
         if keeper is not None:
             # Mappings made together share their keeper, and come one after the other.
             shared = self._newest in self._keepers and self._keepers[self._newest][0] is keeper
             new = self._newest if shared else self._newest + 1
         if new != old:
             self.tags.set_value(row.iova, entry[2] & (_PROT | _MMIO) | new << _KEEPER_SHIFT)
-        if new:
+        if keeper is not None:
             self._newest = new
             self._keepers.setdefault(new, [keeper, 0])[1] += 1
-        if old:
-            self._keepers[old][1] -= 1
-            if not self._keepers[old][1]:
-                self._release(self._keepers.pop(old)[0])
+        holder = self.holder(old)
+        if holder is not None:
+            holder[1] -= 1
+            if not holder[1]:
+                if holder is self._common:
+                    self._common = None
+                self._keepers.pop(old, None)
+                self._release(holder[0])
+
+    def holder(self, number: int) -> list[Any] | None:
+        """Return [what is kept, mappings that need it] of a tag's number."""
+        return self._common if number < self._floor else self._keepers.get(number)
 
     # Everything at once
 
@@ -236,44 +247,32 @@ class MappingTable:
         for part in (self.translations, self.invalid, self.tags):
             part.clear()
         self._reverse = None
-        old, self._keepers = self._keepers, {}
-        for kept, _ in old.values():
-            self._release(kept)
+        self._keep_all(None)
 
     def match_invalid(self, entries: Any) -> Any:
-        """Return rows of iova, vaddr, size, by iova, if they are all the mappings and all of these are invalid."""
+        """Return what restore_all() takes, if (n, 3) rows of iova, vaddr, size are all mappings and all are invalid."""
         import numpy as np
 
         if len(entries) != len(self.invalid) or len(self.translations) or not len(entries):
             return None
-        iovas = entries[:, 0]
-        rows = entries if (iovas[1:] > iovas[:-1]).all() else entries[np.argsort(iovas, kind="stable")]
-        rows, waiting = np.ascontiguousarray(rows), self.invalid.to_array()
-        same = np.array_equal(rows[:, 0], waiting[:, 0]) and np.array_equal(rows[:, 2], waiting[:, 1])
-        return rows if same else None
+        waiting = self.invalid.to_array()
+        found = rejoin_rows(entries, waiting)
+        if found is None:               # out of order, or others
+            rows = np.ascontiguousarray(entries[np.argsort(entries[:, 0], kind="stable")])
+            found = rejoin_rows(rows, waiting)
+        return found
 
-    def restore_all(self, rows: Any, keeper: Any) -> None:
-        """Translate all invalid mappings again, to the vaddrs of rows that match_invalid() returned."""
-        import numpy as np
-
-        self.translations.build(np.ascontiguousarray(rows[:, [0, 2, 1]]))   # the step that can fail comes first
+    def restore_all(self, translations: Any, keeper: Any) -> None:
+        """Translate all invalid mappings again, to where match_invalid() says."""
+        self.translations.build(translations)       # the step that can fail comes first
         self.invalid = RangeMap()
         self._reverse = None
         self._keep_all(keeper)
 
     def _keep_all(self, keeper: Any) -> None:
         """Give every mapping the same new keeper, and release all old ones."""
-        import numpy as np
-
-        number = self._newest + 1 if keeper is not None else 0
-        tags = self.tags.to_array()
-        tags[:, 2] = tags[:, 2] & np.uint64(_PROT | _MMIO) | np.uint64(number << _KEEPER_SHIFT)
-        fresh = RangeMap()
-        fresh.build(tags)
-        # From here on nothing can fail.
-        old, self._keepers, self.tags = self._keepers, {}, fresh
-        if number:
-            self._newest = number
-            self._keepers[number] = [keeper, len(fresh)]
-        for kept, _ in old.values():
+        old, common = self._keepers, self._common
+        self._keepers, self._common = {}, None if keeper is None else [keeper, len(self.tags)]
+        self._floor = self._newest = self._newest + 1
+        for kept, _ in (*old.values(), *([common] if common else ())):
             self._release(kept)

@@ -17,7 +17,7 @@ def update_many(backend: Any, table: MappingTable, entries: Any, keep: Any, undo
     """Give invalid mappings their new addresses, from an (n, 3) array of iova, vaddr, size."""
     everything = table.match_invalid(entries)
     if everything is not None:
-        backend.update_vaddr_many(everything)
+        backend.update_vaddr_many(entries)
         undo.append((backend.invalidate_vaddr,))
         table.restore_all(everything, keep)
         return
