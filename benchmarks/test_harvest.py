@@ -133,7 +133,7 @@ def test_harvest_of_a_1_tib_guest(benchmark, guest, kind, limit):
 
 @pytest.mark.parametrize("kind, limit", [("clean", None), ("clustered", None), ("random", 75.0)])
 def test_runs_of_a_1_tib_guest(benchmark, kind, limit):
-    """In slices of 4 Mi pages, as a sender takes them: 67 million runs at once would be 1 GiB.  The peer is popcount."""
+    """In slices of 4 Mi pages, as a sender takes them: 67 million runs at once would be 1 GiB.  Peer: popcount."""
     dirty = DirtyBitmap(NPAGES)
     np.frombuffer(dirty, np.uint64)[:] = words(kind)
     out = np.ones((SLICE // 2 + 1, 2), np.uint64)

@@ -8,6 +8,7 @@ from ..errors import MissingExtraError, VfioError
 # Command -> (module, function), or a group of such.  The function's signature and docstring are the command's options
 # and help.
 COMMANDS: "dict[str, tuple[str, str] | dict[str, tuple[str, str]]]" = {
+    "bench": ("bench", "bench"),
     "demo": ("demo", "demo"),
     "migrate": {"serve": ("migrate", "serve"), "send": ("migrate", "send"), "status": ("migrate", "status"),
                 "cancel": ("migrate", "cancel")},
