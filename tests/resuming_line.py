@@ -17,6 +17,7 @@ class Cut(SocketTransport):
         super().__init__(sock, timeout)
         self.left = left
         self.moved = 0
+        self.ends = []          # after how many bytes a frame, or an answer's part, was complete
 
     def _cut(self):
         with contextlib.suppress(OSError):
@@ -31,10 +32,12 @@ class Cut(SocketTransport):
                 super().send([data[:len(data) - (self.moved - self.left)]])
             self._cut()
         super().send([data])
+        self.ends.append(self.moved)
 
     def receive_into(self, view):
         super().receive_into(view)
         self.moved += len(view)
+        self.ends.append(self.moved)
         if self.left is not None and self.moved > self.left:
             self._cut()
 
@@ -54,6 +57,8 @@ class Line:
     def accept(self, seconds=5):
         try:
             sock = self.waiting.get(timeout=seconds)
+            if sock is None:
+                self.waiting.put(None)      # for whoever asks next
         except queue.Empty:
             sock = None
         if sock is None:
