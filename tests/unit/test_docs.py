@@ -19,7 +19,8 @@ def test_examples_of_docstrings_print_what_they_say(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/devices.md", "docs/device-state.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/devices.md", "docs/snapshots.md",
+                                      "docs/device-state.md"])
 def test_python_examples_of_documents_run(document):
     for block in re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL):
         exec(compile(block, document, "exec"), {"__name__": "example"})

@@ -13,11 +13,13 @@ COMMANDS: "dict[str, tuple[str, str] | dict[str, tuple[str, str]]]" = {
     "migrate": {"serve": ("migrate", "serve"), "send": ("migrate", "send"), "status": ("migrate", "status"),
                 "cancel": ("migrate", "cancel")},
     "probe": ("probe", "probe"),
+    "snapshot": {"save": ("snapshot", "save"), "load": ("snapshot", "load"), "show": ("snapshot", "show")},
     "trace": {"record": ("trace", "record"), "show": ("trace", "show"), "replay": ("trace", "play")},
     "update": ("update", "update"),
 }
 #: What a group of commands is for.
 HELP = {"migrate": "Move a guest to another process or machine.",
+        "snapshot": "Save guest memory to a file, and load it.",
         "trace": "Which pages a guest writes: record it, look at it, play it against a link."}
 
 

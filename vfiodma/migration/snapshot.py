@@ -150,7 +150,7 @@ def changed(memory: GuestMemory, path: str | os.PathLike[str]) -> tuple[Snapshot
 
 
 def load(path: str | os.PathLike[str], make_memory: Callable[[Snapshot], GuestMemory] | None = None, *,
-         lazy: bool = False) -> tuple[GuestMemory, dict[str, bytes]]:
+         fresh: bool = False, lazy: bool = False) -> tuple[GuestMemory, dict[str, bytes]]:
     """Load a snapshot.
 
     Parameters
@@ -159,6 +159,8 @@ def load(path: str | os.PathLike[str], make_memory: Callable[[Snapshot], GuestMe
         It is not changed.
     make_memory : callable, optional
         Returns the memory to fill, which has the snapshot's blocks; by default memfds are made.
+    fresh : bool
+        The memory made holds nothing but zeros, so that pages of zeros need no writing.
     lazy : bool
         Map long runs of pages from the file, copy on write, instead of reading them: at once, and a page comes in when
         it is touched.  The file can't be saved into meanwhile (EBUSY; saving all of it anew under the same name can),
@@ -183,7 +185,7 @@ def load(path: str | os.PathLike[str], make_memory: Callable[[Snapshot], GuestMe
         try:
             with MemoryLayout(memory, header.pgsize) as layout:
                 _check_shape(layout, where)
-                _fill(file, header, where, table, layout, fresh=make_memory is None, lazy=lazy)
+                _fill(file, header, where, table, layout, fresh=fresh or make_memory is None, lazy=lazy)
         except BaseException:
             memory.close()
             raise
