@@ -29,6 +29,7 @@ KERNELS = {
     "ioas_context": ["rangemap"],
     "dma": ["dirtylog", "bitmap", "bitmap_x86", "bitmap_arm", "rangemap"],
     "type1": ["rangemap"],
+    "tce": ["pin", "usercopy", "memlock"],
     "kernel": [],
     "userfault": ["pagemap", "pagehash", "bitmap", "bitmap_x86", "bitmap_arm"],
     "pagefile": ["pagefile", "pagehash", "copy"],

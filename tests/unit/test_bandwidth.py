@@ -41,10 +41,8 @@ def test_on_average_no_more_than_the_rate_and_not_less(sizes, rate):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bandwidth, "time", clock)
         limit = BandwidthLimit(rate)
-        waits = 0
         for size in sizes:
             limit.spend(size, lambda: None)
-            waits += 1
         took = clock.now - 100
     # All but the last frame are paid for; what may go at once comes on top.
     assert took <= sum(sizes[:-1]) / rate * 1.001 + 0.001

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..protocols import Backend
 
-_MODULES = {"software": "software", "type1": "type1", "iommufd": "iommufd"}
+_MODULES = {"software": "software", "type1": "type1", "iommufd": "iommufd", "spapr": "spapr"}
 
 
 def open_backend(name: str, **options: Any) -> Backend:

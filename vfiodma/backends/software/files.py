@@ -10,6 +10,9 @@ from ..._core.type1 import VERSIONS, IommuGroup, Type1, extension
 from ...errors import VfioError
 from ...uapi import vfio as abi
 from .device import close_device, device_ioctl, device_mmap, device_pread, device_pwrite, open_device
+from .eeh import Endpoint
+from .spapr import SpaprDriver
+from .spapr import extension as spapr_extension
 
 _PAGE = 4096
 
@@ -106,6 +109,67 @@ class ContainerFile:
             self.type1.remove_unmap_listener(device.dma_unmap)
 
 
+class SpaprContainerFile(ContainerFile):
+    """A container on a PowerNV platform: the SPAPR TCE driver is the only one."""
+
+    def __init__(self, vfio):
+        super().__init__(vfio)
+        self.driver: Any = None
+
+    def ioctl(self, request, arg):
+        if request == abi.VFIO_GET_API_VERSION:
+            return 0
+        with self.vfio._lock:
+            if request == abi.VFIO_SET_IOMMU:
+                return self.set_iommu(arg)
+            if self.driver is not None:
+                return self.driver.ioctl(request, arg)
+        if request == abi.VFIO_CHECK_EXTENSION:
+            return spapr_extension(arg)
+        raise error(errno.EINVAL, "container_ioctl", hint="no IOMMU driver is set: attach a group, then SET_IOMMU")
+
+    def set_iommu(self, kind):
+        if not self.groups or self.driver is not None:
+            raise error(errno.EINVAL, "set_iommu", hint="needs a group in the container, and can be done once")
+        if kind not in (abi.VFIO_SPAPR_TCE_IOMMU, abi.VFIO_SPAPR_TCE_v2_IOMMU):
+            code = errno.EINVAL if spapr_extension(kind) else errno.ENODEV
+            raise error(code, "set_iommu", hint="types are 2 (SPAPR TCE) and 7 (SPAPR TCE version 2)")
+        driver = SpaprDriver(self.vfio, kind == abi.VFIO_SPAPR_TCE_v2_IOMMU)
+        try:
+            for group in reversed(self.groups):         # the kernel keeps the newest first
+                driver.attach(group)
+        except VfioError:
+            driver.abandon()
+            raise
+        self.driver = driver
+        return 0
+
+    def add(self, group):
+        if self.driver is not None:
+            self.driver.attach(group)
+        self.groups.append(group)
+        group.container = self
+
+    def remove(self, group):
+        self.groups.remove(group)
+        group.container = None
+        if self.driver is not None:
+            self.driver.detach(group)
+            if not self.groups:
+                self.driver.close()
+                self.driver = None
+
+    @property
+    def ready(self):
+        return self.driver is not None
+
+    def connect(self, group, device):
+        return self.driver.paths[group]
+
+    def disconnect(self, group, device, path):
+        pass
+
+
 class Group:
     """A group while it exists; it stays in its container as long as it or one of its devices is open."""
 
@@ -119,6 +183,7 @@ class Group:
         self.states = {}                # address -> DeviceState of an open device
         self.paths = {}
         self.cdevs = {}                 # address -> the CdevFile that has the device bound
+        self.endpoint = Endpoint() if vfio.platform == "powernv" and config.eeh and not config.emulated else None
         self.renew_iommu()
 
     def renew_iommu(self):
@@ -251,10 +316,21 @@ class DeviceFile:
     def ioctl(self, request, arg):
         return device_ioctl(self, request, arg)
 
+    @property
+    def frozen(self):
+        """Whether EEH lets no register access through."""
+        endpoint = self.group.endpoint
+        return endpoint is not None and endpoint.state not in (
+            abi.VFIO_EEH_PE_STATE_NORMAL, abi.VFIO_EEH_PE_STATE_STOPPED_DMA)
+
     def pread(self, size, offset):
+        if self.frozen:
+            return b"\xff" * size       # what reads of a frozen endpoint give
         return device_pread(self, size, offset)
 
     def pwrite(self, data, offset):
+        if self.frozen:
+            return len(data)
         return device_pwrite(self, data, offset)
 
     def mmap(self, size, offset, prot):

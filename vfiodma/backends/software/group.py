@@ -1,5 +1,6 @@
 """What an IOMMU group of the software VFIO is made of."""
 from .device import PlainDevice
+from .spapr import TceGroup
 
 
 class SoftwareGroup:
@@ -30,11 +31,15 @@ class SoftwareGroup:
     lost_last_page : int
         0: page tables as VT-d has them.  Else those of AMD v1 in Linux 7.2, whose blocks of this many bytes of
         contiguous memory (a power of two) are reported dirty without their last page.
+    tce : TceGroup, optional
+        On platform "powernv": the windows of the group; by default those of IODA2.
+    eeh : bool
+        On platform "powernv": the group is a partitionable endpoint.
     """
 
     def __init__(self, number, devices, *, aperture=(0, (1 << 39) - 1), reserved=((0xFEE00000, 0xFEEFFFFF),),
                  pgsizes=0x40201000, emulated=False, coherent=True, msi_isolated=True, nestable=False,
-                 dirty_tracking=True, lost_last_page=0):
+                 dirty_tracking=True, lost_last_page=0, tce=None, eeh=True):
         if not isinstance(number, int) or not 0 <= number < 1 << 31:
             raise ValueError("a group's number is an integer of 0 ... 2**31 - 1")
         if not emulated:
@@ -57,6 +62,8 @@ class SoftwareGroup:
             raise ValueError("lost_last_page is 0 or a power of two")
         self.dirty_tracking = dirty_tracking
         self.lost_last_page = lost_last_page
+        self.tce = TceGroup() if tce is None else tce or None
+        self.eeh = eeh
 
     def __repr__(self):
         kind = "emulated" if self.emulated else f"aperture {self.aperture[0]:#x}-{self.aperture[1]:#x}"

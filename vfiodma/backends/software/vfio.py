@@ -9,7 +9,7 @@ from ...errors import ForkedError, VfioError
 from ...types import DeviceLocation
 from ...uapi import vfio as abi
 from .container import SoftwareContainer
-from .files import ContainerFile, Group
+from .files import ContainerFile, Group, SpaprContainerFile
 from .group import SoftwareGroup
 from .iommufd import CdevFile, IommufdFile
 
@@ -34,6 +34,8 @@ class SoftwareVfio:
     iommufd : bool, optional
         Whether there is /dev/iommu and, for each device, /dev/vfio/devices/vfioN; by default on "6.12" and "7.2", which
         are the kernels that can have it.
+    platform : {"x86", "powernv"}
+        Of "powernv" the IOMMU driver is SPAPR TCE, version 1 and 2, and groups have EEH; there is no iommufd.
     vfio_container : {"type1", "iommufd"}
         Who serves /dev/vfio/vfio.  In either case a group takes an iommufd for a container.
 
@@ -44,16 +46,20 @@ class SoftwareVfio:
     """
 
     def __init__(self, kernel="7.2", groups=None, *, dma_entry_limit=65535, memlock_limit="process",
-                 iommufd=None, vfio_container="type1"):
+                 iommufd=None, vfio_container="type1", platform="x86"):
         if kernel not in VERSIONS:
             raise ValueError(f"kernel is one of {', '.join(VERSIONS)}, not {kernel!r}")
         groups = [SoftwareGroup(0, ["0000:00:10.0"])] if groups is None else list(groups)
         if len({group.number for group in groups}) != len(groups):
             raise ValueError("two groups have the same number")
-        can_iommufd = VERSIONS[kernel] >= VERSIONS["6.12"]
+        if platform not in ("x86", "powernv"):
+            raise ValueError(f'platform is "x86" or "powernv", not {platform!r}')
+        self.platform = platform
+        self._registered = {}               # (vaddr, size) -> [Region, containers that registered it]
+        can_iommufd = VERSIONS[kernel] >= VERSIONS["6.12"] and platform == "x86"
         self._has_iommufd = can_iommufd if iommufd is None else bool(iommufd)
         if self._has_iommufd and not can_iommufd:
-            raise ValueError(f"the model of {kernel} has no iommufd; 6.12 and 7.2 have")
+            raise ValueError(f"the model of {kernel} has no iommufd; 6.12 and 7.2 have, on x86")
         if vfio_container not in ("type1", "iommufd") or vfio_container == "iommufd" and not self._has_iommufd:
             raise ValueError('vfio_container is "type1" or, where there is an iommufd, "iommufd"')
         self._container_of_iommufd = vfio_container == "iommufd"
@@ -119,6 +125,8 @@ class SoftwareVfio:
         path = os.fspath(path)
         with self._lock:
             if path == "/dev/vfio/vfio":
+                if self.platform == "powernv":
+                    return self._new_fd(SpaprContainerFile(self))
                 return self._new_fd(IommufdFile(self, True) if self._container_of_iommufd else ContainerFile(self))
             if self._has_iommufd and path == "/dev/iommu":
                 return self._new_fd(IommufdFile(self))

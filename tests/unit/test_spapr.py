@@ -1,0 +1,346 @@
+"""The SPAPR TCE driver of the software VFIO, rule by rule; and its typed API."""
+import ctypes
+import errno
+import mmap
+import struct
+
+import pytest
+
+from vfiodma import GuestMemory, IoAddressSpace, SoftwareGroup, SoftwareVfio, VfioDevice
+from vfiodma.backends.software.spapr import TceGroup, table_bytes
+from vfiodma.backends.spapr import EehOp, EehState, SpaprContainer, Window
+from vfiodma.devices import EduDevice
+from vfiodma.errors import InvalidArgumentError, VfioError
+
+PAGE = 4096
+BASE = 0x3B64
+GET_INFO, MAP, UNMAP, ENABLE, DISABLE, REGISTER, UNREGISTER, CREATE, REMOVE, EEH = range(BASE + 12, BASE + 22)
+READ, WRITE = 1, 2
+
+
+class Raw:
+    """A container at the raw door; each method returns the ioctl's result or an errno's name."""
+
+    def __init__(self, version=2, kernel="7.2", groups=1, memlock=None, **tce):
+        self.vfio = SoftwareVfio(kernel, [SoftwareGroup(n, [f"0000:00:1{n}.0"], tce=TceGroup(**tce))
+                                          for n in range(groups)], platform="powernv", memlock_limit=memlock)
+        self.fd = self.vfio.open("/dev/vfio/vfio")
+        self.groups = [self.vfio.open(f"/dev/vfio/{n}") for n in range(groups)]
+        self.join(0)
+        self.set_iommu = self.call(BASE + 2, {1: 2, 2: 7}[version])
+
+    def join(self, n):
+        return self.call(BASE + 4, struct.pack("i", self.fd), fd=self.groups[n])
+
+    def call(self, request, arg=0, fd=None):
+        if isinstance(arg, bytes):
+            self.buffer = ctypes.create_string_buffer(arg, max(len(arg), 1))
+            arg = ctypes.addressof(self.buffer)
+        try:
+            return self.vfio.ioctl(self.fd if fd is None else fd, request, arg)
+        except VfioError as exc:
+            return errno.errorcode[exc.errno]
+
+    def map(self, iova, vaddr, size, flags=3, argsz=32):
+        return self.call(MAP, struct.pack("=IIQQQ", argsz, flags, vaddr, iova, size))
+
+    def unmap(self, iova, size, flags=0, argsz=24):
+        return self.call(UNMAP, struct.pack("=IIQQ", argsz, flags, iova, size))
+
+    def register(self, vaddr, size, flags=0, argsz=24, request=REGISTER):
+        return self.call(request, struct.pack("=IIQQ", argsz, flags, vaddr, size))
+
+    def unregister(self, vaddr, size, **options):
+        return self.register(vaddr, size, request=UNREGISTER, **options)
+
+    def create(self, shift=12, size=1 << 24, levels=1, argsz=40, flags=0):
+        result = self.call(CREATE, struct.pack("=IIIIQIIQ", argsz, flags, shift, 0, size, levels, 0, 0x77))
+        return struct.unpack_from("=Q", self.buffer.raw, 32)[0] if result == 0 else result
+
+    def remove(self, start, argsz=16, flags=0):
+        return self.call(REMOVE, struct.pack("=IIQ", argsz, flags, start))
+
+    def eeh(self, op, argsz=12, flags=0, err=(0, 0, 0, 0)):
+        return self.call(EEH, struct.pack("=IIIIIIQQ", argsz, flags, op, 0, *err))
+
+    def close(self):
+        for fd in list(self.vfio._files):
+            self.vfio.close(fd)
+
+
+@pytest.fixture
+def memory():
+    with mmap.mmap(-1, 64 * PAGE, mmap.MAP_SHARED) as area:
+        yield ctypes.addressof(ctypes.c_char.from_buffer(area))
+
+
+@pytest.fixture
+def raw():
+    opened = []
+
+    def open_raw(*args, **options):
+        opened.append(Raw(*args, **options))
+        return opened[-1]
+
+    before = SoftwareVfio().locked_pages()
+    yield open_raw
+    for each in opened:
+        each.close()
+    assert SoftwareVfio().locked_pages() == before
+
+
+def test_extensions_are_those_of_power(raw):
+    r = raw()
+    assert [n for n in range(16) if r.call(BASE + 1, n)] == [2, 5, 7]
+    other = r.vfio.open("/dev/vfio/vfio")
+    assert [n for n in range(16) if r.call(BASE + 1, n, fd=other)] == [2, 5, 7]
+    assert r.call(BASE + 2, 7) == "EINVAL"      # once
+    assert raw().call(ENABLE) == "ENOTTY"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_the_other_version_has_is_enotty(raw, version):
+    r = raw(version)
+    own = {1: {ENABLE, DISABLE}, 2: {REGISTER, UNREGISTER, CREATE, REMOVE}}
+    for request in range(BASE + 9, BASE + 30):
+        if request in own[3 - version] or request not in own[version] | {GET_INFO, MAP, UNMAP, EEH}:
+            assert r.call(request, bytes(64)) == "ENOTTY"
+
+
+def test_types_of_other_platforms_are_not_there(raw):
+    r = raw()
+    fd = r.vfio.open("/dev/vfio/vfio")
+    assert r.call(BASE + 2, 3, fd=fd) == "EINVAL"       # no group
+    lone = raw(2)
+    lone.call(BASE + 5, 0, fd=lone.groups[0])
+    assert lone.join(0) == 0
+    assert lone.call(BASE + 2, 3) == "ENODEV" and lone.call(BASE + 2, 7) == 0
+
+
+def test_groups_attach_by_the_rules_of_the_version(raw):
+    assert raw(1).set_iommu == raw(2).set_iommu == 0
+    assert raw(2, groups=2).join(1) == 0
+    assert raw(1, groups=2).join(1) == "EBUSY"
+    assert raw(2, max_windows=0).set_iommu == "EINVAL"
+    assert raw(1, max_windows=0).set_iommu == 0
+    # Up to 6.1 a platform has one version only.
+    assert raw(1, "6.1").set_iommu == "EPERM" and raw(2, "6.1").set_iommu == 0
+    assert raw(1, "6.1", ownership=False).set_iommu == 0 and raw(2, "6.1", ownership=False).set_iommu == "EPERM"
+
+
+def test_info_has_windows_in_version_2_only(raw):
+    for version, expected in ((2, (1, 0, 2 << 30, 0x1011000, 2, 5)), (1, (0, 0, 2 << 30, 0, 0, 0))):
+        r = raw(version)
+        assert r.call(GET_INFO, struct.pack("=I", 32) + bytes(28)) == 0
+        assert struct.unpack("=IIIQII", r.buffer.raw[4:32]) == expected
+        assert r.call(GET_INFO, struct.pack("=I", 16) + b"\xaa" * 28) == 0
+        assert r.buffer.raw[16:32] == b"\xaa" * 16
+        assert r.call(GET_INFO, struct.pack("=I", 15) + bytes(28)) == "EINVAL"
+        assert r.call(GET_INFO, 8) == "EFAULT"
+
+
+def test_version_1_charges_its_window_when_it_is_enabled(raw, memory):
+    r = raw(1, memlock=8 << 20, tce32_size=4 << 20)
+    before = r.vfio.locked_pages()
+    assert r.map(0, memory, PAGE) == "EPERM" and r.unmap(0, PAGE) == "EPERM"
+    assert r.call(ENABLE) == 0 and r.call(ENABLE) == "EBUSY"
+    assert r.vfio.locked_pages() - before == 1024
+    assert r.map(0, memory, PAGE) == 0
+    assert r.call(DISABLE) == r.call(DISABLE) == 0
+    assert r.map(PAGE, memory, PAGE) == "EPERM"
+    assert raw(1, tce32_size=0).call(ENABLE) == "EPERM"
+
+
+def test_memory_is_registered_as_a_whole_once(raw, memory):
+    r = raw()
+    size = 16 * PAGE
+    assert r.unregister(memory, size) == "EPERM"
+    assert r.register(memory, size, argsz=23) == r.register(memory, size, flags=1) == "EINVAL"
+    assert r.register(memory + 1, size) == r.register(memory, size + 1) == "EINVAL"
+    assert r.register((1 << 64) - PAGE, 2 * PAGE) == "EINVAL"
+    assert r.register(1 << 30, size) == "EFAULT"
+    assert r.register(memory, size) == 0 and r.register(memory, size) == "EBUSY"
+    assert r.register(memory + PAGE, PAGE) == r.register(memory, 2 * size) == "EINVAL"
+    assert r.unregister(memory, PAGE) == "ENOENT" and r.unregister(memory, size) == 0
+    assert r.unregister(memory, size) == "ENOENT"
+
+
+def test_memory_that_is_mapped_stays_registered(raw, memory):
+    r = raw()
+    assert r.map(0, memory, PAGE) == "EPERM"            # nothing was registered: not enabled
+    assert r.register(memory, 4 * PAGE) == 0
+    assert r.map(0, memory, 4 * PAGE) == 0
+    assert r.unregister(memory, 4 * PAGE) == "EBUSY"
+    assert r.unmap(0, 3 * PAGE) == 0 and r.unregister(memory, 4 * PAGE) == "EBUSY"
+    assert r.unmap(0, 4 * PAGE) == 0 and r.unregister(memory, 4 * PAGE) == 0
+    assert r.map(0, memory, PAGE) == "EINVAL"           # enabled for good, but no longer registered
+
+
+def test_two_containers_share_a_region(raw, memory):
+    r = raw(groups=2)
+    fd = r.vfio.open("/dev/vfio/vfio")
+    assert r.call(BASE + 4, struct.pack("i", fd), fd=r.groups[1]) == 0 and r.call(BASE + 2, 7, fd=fd) == 0
+    before = r.vfio.locked_pages()
+    argument = struct.pack("=IIQQ", 24, 0, memory, 4 * PAGE)
+    assert r.register(memory, 4 * PAGE) == 0 and r.call(REGISTER, argument, fd=fd) == 0
+    assert r.vfio.locked_pages() - before == 4
+    assert r.unregister(memory, 4 * PAGE) == 0
+    assert r.vfio.locked_pages() - before == 4
+    assert r.call(UNREGISTER, argument, fd=fd) == 0 and r.vfio.locked_pages() == before
+
+
+def test_windows_are_made_and_removed(raw, memory):
+    r = raw()
+    assert r.create(argsz=39) == r.create(flags=1) == "EINVAL"
+    assert r.create(16, 1 << 30) == 1 << 59             # the pending default window took slot 0
+    assert r.create() == "ENOSPC"
+    assert r.remove(5) == 0                             # any address of it
+    assert r.create(13) == r.create(levels=0) == r.create(levels=6) == r.create(size=3 << 20) == "EINVAL"
+    assert r.create(size=0) == "EINVAL"
+    assert r.create(24, 1 << 36) == 0
+    assert r.remove(1 << 40) == "EINVAL"
+    assert r.remove(0) == r.remove(1 << 59) == 0 and r.remove(0) == "EINVAL"
+    fresh = raw()
+    assert fresh.remove(0) == 0 and fresh.create(16, 1 << 30) == 0      # the default window is not made then
+    assert fresh.create(12, 1 << 55, 1) == "EINVAL"                     # more bits than a table may have
+
+
+def test_a_table_is_charged_as_locked_memory(raw):
+    r = raw(memlock=None)
+    before = r.vfio.locked_pages()
+    assert r.remove(0) == 0 and r.create(16, 1 << 32, 2) == 0
+    assert r.vfio.locked_pages() - before == table_bytes(1 << 32, 16, 2) // PAGE
+    assert r.remove(0) == 0 and r.vfio.locked_pages() == before
+
+
+def test_maps_check_in_the_order_of_the_driver(raw, memory):
+    r = raw()
+    assert r.register(memory, 16 * PAGE) == 0
+    assert r.map(0, memory, PAGE, argsz=31) == r.map(0, memory, PAGE, flags=4) == "EINVAL"
+    assert r.map(3 << 30, memory, PAGE) == "ENXIO"
+    assert r.map(0, memory + 1, PAGE) == r.map(0, memory, PAGE + 1) == r.map(0, memory, PAGE, flags=0) == "EINVAL"
+    assert r.map(1, memory, PAGE) == 1                  # no errno, nothing mapped
+    assert r.map((2 << 30) - PAGE, memory, 2 * PAGE) == "EINVAL"
+    assert r.map(0, memory, 0) == 0
+    assert r.map(0, memory + 15 * PAGE, 2 * PAGE) == "EINVAL"
+    assert r.map(0, memory, PAGE) == r.map(0, memory + PAGE, PAGE) == 0     # replaced, no EEXIST
+    assert r.call(MAP, 8) == "EFAULT"
+
+
+def test_unmaps_check_in_the_order_of_the_driver(raw, memory):
+    r = raw()
+    assert r.register(memory, 16 * PAGE) == 0 and r.map(0, memory, 4 * PAGE) == 0
+    assert r.unmap(0, PAGE, flags=1) == r.unmap(0, PAGE, argsz=23) == "EINVAL"
+    assert r.unmap(3 << 30, PAGE) == "ENXIO" and r.unmap(0, 100) == "EINVAL"
+    assert r.unmap(1, PAGE) == 1 and r.unmap((2 << 30) - PAGE, 2 * PAGE) == 1
+    assert r.unmap(PAGE, PAGE) == 0                     # any pages, no bisect rule
+    assert r.unmap(PAGE, 8 * PAGE) == 0                 # empty ones are passed over
+    assert struct.unpack_from("=Q", r.buffer.raw, 16) == (8 * PAGE,)        # size is not written back
+
+
+def test_a_failed_map_clears_what_it_had_written(raw, memory):
+    r = raw()
+    tables = r.vfio._files[r.fd].driver.tables
+    assert r.register(memory, 4 * PAGE) == r.register(memory + 8 * PAGE, 4 * PAGE) == 0
+    assert r.map(0, memory + 8 * PAGE, 4 * PAGE) == r.map(4 * PAGE, memory, PAGE) == 0
+    assert r.map(0, memory, 6 * PAGE) == "EINVAL"       # pages 4 and 5 are not registered
+    assert [tables.entry(0, i)[1] for i in range(6)] == [0, 0, 0, 0, 3, 0]
+    assert r.unregister(memory + 8 * PAGE, 4 * PAGE) == 0
+
+
+def test_a_region_allows_pages_that_its_alignment_and_its_memory_allow(raw, memory):
+    r = raw()
+    assert r.remove(0) == 0 and r.create(16, 1 << 30) == 0
+    aligned = -(-memory // 65536) * 65536
+    assert r.register(aligned, 65536) == 0
+    assert r.map(0, aligned, 65536) == "EINVAL"         # made of pages of 4 KiB
+
+
+def test_devices_reach_mapped_memory_and_a_fault_freezes_the_endpoint(memory):
+    chip = EduDevice("0000:00:10.0")
+    vfio = SoftwareVfio(groups=[SoftwareGroup(0, [chip])], platform="powernv", memlock_limit=None)
+    with SpaprContainer([chip.address], system=vfio) as container, VfioDevice.open(container, chip.address) as device:
+        container.map_dma(0x10000, memory, 4 * PAGE, READ | WRITE)
+        container.map_dma(0x20000, memory, PAGE, READ)
+        port = vfio._groups[0].ports[chip.address]
+        port.write(0x10ff0, b"over a page boundary")
+        assert ctypes.string_at(memory + 0xff0, 20) == b"over a page boundary" == port.read(0x10ff0, 20)
+        assert container.eeh_state is EehState.NORMAL and device.regions[0].read_u32(0) != 0xffffffff
+        with pytest.raises(VfioError):
+            port.write(0x20000, b"read only")
+        assert container.eeh_state is EehState.STOPPED and device.regions[0].read_u32(0) == 0xffffffff
+        with pytest.raises(VfioError):
+            port.read(0x10000, 1)
+        container.eeh(EehOp.UNFREEZE_IO)
+        assert container.eeh_state is EehState.STOPPED_DMA and device.regions[0].read_u32(0) != 0xffffffff
+        with pytest.raises(VfioError):
+            port.read(0x10000, 1)
+        container.eeh(EehOp.UNFREEZE_DMA)
+        assert container.eeh_state is EehState.NORMAL and port.read(0x10ff0, 4) == b"over"
+        container.inject_error(19)
+        assert container.eeh_state is EehState.STOPPED
+        container.eeh(EehOp.RESET_HOT)
+        assert container.eeh_state is EehState.RESET
+        container.eeh(EehOp.RESET_DEACTIVATE)
+        container.eeh(EehOp.CONFIGURE)
+        assert container.eeh_state is EehState.NORMAL
+
+
+def test_eeh_operations_and_their_errors(raw):
+    r = raw(groups=2)
+    assert r.join(1) == 0
+    assert r.eeh(4) == 0
+    assert r.eeh(0, argsz=11) == r.eeh(0, flags=1) == r.eeh(10) == "EINVAL"
+    assert r.eeh(9) == r.eeh(9, argsz=40, err=(0, 20, 0, 0)) == "EINVAL"
+    assert r.eeh(9, argsz=40, err=(2, 0, 0, 0)) == "ERANGE"
+    newest, first = r.vfio._groups[1].endpoint, r.vfio._groups[0].endpoint
+    newest.injectable = frozenset()
+    assert r.eeh(9, argsz=40) == "ENXIO"
+    first.freeze()
+    assert r.eeh(4) == 2                                # goes on to the first that is not normal
+    newest.removed = True
+    assert r.eeh(4) == 5 and r.eeh(1) == "EIO"
+    newest.removed, newest.enabled = False, False
+    assert r.eeh(1) == "EIO" and r.eeh(0) == 0
+    assert r.call(EEH, 8) == "EFAULT"
+    r.vfio._groups[1].endpoint = None
+    assert r.eeh(4) == "ENODEV"
+
+
+def test_an_address_space_works_over_windows():
+    vfio = SoftwareVfio(groups=[SoftwareGroup(0, ["0000:00:10.0"])], platform="powernv", memlock_limit=None)
+    with GuestMemory.memfd(1 << 20) as memory:
+        container = SpaprContainer(["0000:00:10.0"], system=vfio)
+        with IoAddressSpace(container, close_backend=True) as ioas:
+            mapping = ioas.map(memory)
+            assert mapping.iova < 2 << 30
+            with pytest.raises(VfioError):
+                ioas.map(memory, 3 << 30)
+            ioas.unmap(mapping.iova)
+            assert container.windows == [Window(0, 2 << 30, 12, 1)]
+            second = container.create_window(16, 1 << 40, 2)
+            assert second.start == 1 << 59 and len(container.iova_ranges()) == 2
+            container.remove_window(second.start)
+            with pytest.raises(InvalidArgumentError):
+                container.remove_window(second.start)
+
+
+def test_the_typed_container_undoes_what_fails_and_knows_its_mappings(memory):
+    vfio = SoftwareVfio(groups=[SoftwareGroup(0, ["0000:00:10.0"])], platform="powernv", memlock_limit=None)
+    with SpaprContainer(["0000:00:10.0"], system=vfio) as container:
+        before = vfio.locked_pages()
+        for iova, vaddr, size in ((1, memory, PAGE), (0, memory + 1, PAGE), (3 << 30, memory, PAGE)):
+            with pytest.raises(VfioError):
+                container.map_dma(iova, vaddr, size, 3)
+        assert vfio.locked_pages() - before in (0, table_bytes(2 << 30, 12, 1) // PAGE)
+        container.register_memory(memory, 8 * PAGE)
+        container.map_dma(0, memory, 4 * PAGE, 3)
+        with pytest.raises(VfioError, match="something is mapped there"):
+            container.map_dma(PAGE, memory, PAGE, 3)
+        with pytest.raises(InvalidArgumentError, match="cut"):
+            container.unmap_dma(0, PAGE)
+        assert container.unmap_all() == 4 * PAGE and container.unmap_all() == 0
+        container.unregister_memory(memory, 8 * PAGE)
+    for wrong in ({"version": 3}, {"devices": []}, {"devices": ["0000:99:00.0"]}):
+        with pytest.raises(VfioError):
+            SpaprContainer(**{"devices": ["0000:00:10.0"], "system": vfio, **wrong})

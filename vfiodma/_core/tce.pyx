@@ -1,0 +1,329 @@
+"""TCE tables of a POWER partitionable endpoint: DMA windows, the translations in them, and memory registered for them.
+
+A translation control entry (TCE) leads one IOMMU page to process memory, which version 2 of the interface has registered
+and pinned before.  Loops over pages run without the GIL, under the lock of the tables.
+
+Source: the SPAPR TCE driver of VFIO and the IODA2 code of PowerNV.
+"""
+from libc.errno cimport EFAULT, EINVAL, ENOMEM, EPERM
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from .dma cimport DmaPath
+from .errno cimport raise_errno
+from .mappings cimport charge_process, uncharge_process
+from .state cimport (
+    PIN_WRITE, pin, pin_memory, pin_read, pin_release, pin_write, pthread_rwlock_destroy, pthread_rwlock_init,
+    pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock, pthread_rwlock_wrlock,
+)
+
+cdef extern from "memlock.h" nogil:
+    bint memlock_capable()
+
+cdef extern from "usercopy.h" nogil:
+    int user_read(void *dst, uint64_t src, size_t n)
+    int user_write(uint64_t dst, const void *src, size_t n)
+
+cdef enum:
+    READ = 1
+    WRITE = 2
+    SLOTS = 2
+
+
+def charge(uint64_t npages, int64_t limit):
+    """Charge locked memory to the process; ENOMEM above the limit, unless the caller has CAP_IPC_LOCK."""
+    if charge_process(npages, -2 if memlock_capable() else limit):
+        raise_errno(ENOMEM, "lock_memory", None, None, f"{npages} pages are above the limit of locked memory")
+
+
+def uncharge(uint64_t npages):
+    """Give charged pages back."""
+    uncharge_process(npages)
+
+
+cdef struct region_t:
+    uint64_t vaddr, size, mapped
+    pin *memory
+
+
+cdef class Region:
+    """Registered memory: pinned for writing from here on.
+
+    Attributes
+    ----------
+    vaddr, size : int
+    shift : int
+        log2 of the largest IOMMU page that it allows.
+    mapped : int
+        TCEs that lead into it.
+    """
+    cdef region_t c                     # stays where it is: TCEs lead to it while they are mapped
+    cdef readonly unsigned shift
+
+    def __cinit__(self, uint64_t vaddr, uint64_t size, unsigned shift):
+        cdef uint64_t counted = 0
+        cdef int err = 0
+        self.c.vaddr, self.c.size, self.shift = vaddr, size, shift
+        if size:
+            with nogil:
+                err = pin_memory(vaddr, size, PIN_WRITE, <uint64_t> -1, &self.c.memory, &counted)
+        if err:
+            raise_errno(-err, "register_memory", None, size, "memory to be registered is writable, all of it")
+
+    def __dealloc__(self):
+        pin_release(self.c.memory)
+
+    @property
+    def vaddr(self):
+        return self.c.vaddr
+
+    @property
+    def size(self):
+        return self.c.size
+
+    @property
+    def mapped(self):
+        return self.c.mapped
+
+
+cdef struct tce_t:
+    uint64_t vaddr                      # 0 with prot 0: empty
+    uint32_t prot
+    region_t *region                    # NULL in version 1
+
+cdef struct window_t:
+    uint64_t start, npages
+    unsigned shift
+    tce_t *entries
+
+
+cdef class TceTables:
+    """The windows of a container and their translations.  Thread-safe."""
+    cdef window_t windows[SLOTS]
+    cdef pthread_rwlock_t lock
+
+    def __cinit__(self):
+        pthread_rwlock_init(&self.lock, NULL)
+
+    def __dealloc__(self):
+        for slot in range(SLOTS):
+            self.drop(&self.windows[slot])
+        pthread_rwlock_destroy(&self.lock)
+
+    cdef void drop(self, window_t *window) noexcept:
+        if window.entries:
+            clear(window, 0, window.npages)
+            free(window.entries)
+            window.entries = NULL
+
+    def create(self, unsigned slot, uint64_t start, uint64_t npages, unsigned shift):
+        """Put an empty window into a free slot."""
+        cdef tce_t *entries = <tce_t *> calloc(npages, sizeof(tce_t))     # untouched pages of it take no memory
+        if not entries:
+            raise_errno(ENOMEM, "create_window", start, npages << shift)
+        with nogil:
+            pthread_rwlock_wrlock(&self.lock)
+        self.windows[slot].start, self.windows[slot].npages, self.windows[slot].shift = start, npages, shift
+        self.windows[slot].entries = entries
+        pthread_rwlock_unlock(&self.lock)
+
+    def remove(self, unsigned slot):
+        """Clear a window, and free its slot."""
+        with nogil:
+            pthread_rwlock_wrlock(&self.lock)
+        self.drop(&self.windows[slot])
+        pthread_rwlock_unlock(&self.lock)
+
+    def clear(self):
+        """Clear every entry of every window."""
+        with nogil:
+            pthread_rwlock_wrlock(&self.lock)
+            for slot in range(SLOTS):
+                if self.windows[slot].entries:
+                    clear(&self.windows[slot], 0, self.windows[slot].npages)
+            pthread_rwlock_unlock(&self.lock)
+
+    def map(self, unsigned slot, uint64_t first, uint64_t npages, uint64_t vaddr, uint32_t prot, regions):
+        """Write TCEs; what was there is replaced.
+
+        Parameters
+        ----------
+        slot : int
+            A window that is there; ``first`` and ``npages`` are inside it.
+        regions : list of Region or None
+            Registered memory (version 2); None: each page is pinned by itself (version 1).
+
+        Raises
+        ------
+        VfioError
+            EINVAL, EFAULT, EPERM; then the entries before the failed one are empty.
+        """
+        cdef window_t *window = &self.windows[slot]
+        cdef uint64_t page = <uint64_t> 1 << window.shift, i = 0, at = vaddr
+        cdef Region region = None
+        cdef uint64_t count
+        cdef int err = 0
+        if regions is None:
+            with nogil:
+                err = pinnable(at, npages * page, prot & WRITE)
+                if err:             # which page is it?
+                    while i < npages and pinnable(at + i * page, page, prot & WRITE) == 0:
+                        i += 1
+            if not err and window.shift > 12:
+                err, i = -EPERM, 0
+        else:
+            while i < npages:
+                if region is None or at < region.c.vaddr or at + page > region.c.vaddr + region.c.size:
+                    region = find(regions, at, page)
+                    if region is None or window.shift > region.shift:
+                        err = -EINVAL
+                        break
+                # All pages up to the end of this region.
+                count = min(npages - i, (region.c.vaddr + region.c.size - at) // page)
+                with nogil:
+                    pthread_rwlock_wrlock(&self.lock)
+                    fill(window, first + i, count, at, prot, &region.c)
+                    pthread_rwlock_unlock(&self.lock)
+                i += count
+                at += count * page
+        with nogil:
+            pthread_rwlock_wrlock(&self.lock)
+            if err:
+                clear(window, first, i)
+            elif regions is None:
+                fill(window, first, npages, vaddr, prot, NULL)
+            pthread_rwlock_unlock(&self.lock)
+        if err:
+            raise_errno(-err, "map_dma", window.start + ((first + i) << window.shift), npages * page,
+                        "memory must be registered as a whole, in regions that allow the window's page size"
+                        if regions is not None else "memory that is there, writable where it is mapped for writing")
+
+    def unmap(self, unsigned slot, uint64_t first, uint64_t npages):
+        """Clear TCEs; empty ones are passed over.  Return how many were set."""
+        cdef uint64_t found
+        with nogil:
+            pthread_rwlock_wrlock(&self.lock)
+            found = clear(&self.windows[slot], first, npages)
+            pthread_rwlock_unlock(&self.lock)
+        return found
+
+    def entry(self, unsigned slot, uint64_t index):
+        """Return (vaddr, prot) of a TCE; prot 0: it is empty."""
+        if not self.windows[slot].entries or index >= self.windows[slot].npages:
+            raise_errno(EINVAL, "read_tce", None, None, f"slot {slot} has no entry {index}")
+        return self.windows[slot].entries[index].vaddr, self.windows[slot].entries[index].prot
+
+    cdef int access(self, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
+        cdef uint64_t n, offset, page
+        cdef tce_t *tce
+        cdef int err = 0
+        done[0] = 0
+        pthread_rwlock_rdlock(&self.lock)
+        while done[0] < size and not err:
+            tce = self.find_entry(iova + done[0], &page)
+            if not tce or not tce.prot:
+                err = -EINVAL
+                break
+            # The hardware has no write-only pages.
+            if write and not tce.prot & WRITE:
+                err = -EPERM
+                break
+            offset = (iova + done[0]) & (page - 1)
+            n = min(size - done[0], page - offset)
+            if tce.region:
+                if write:
+                    err = pin_write(tce.region.memory, tce.vaddr + offset - tce.region.vaddr,
+                                    <char *> data + done[0], n)
+                else:
+                    err = pin_read(tce.region.memory, tce.vaddr + offset - tce.region.vaddr,
+                                   <char *> data + done[0], n)
+            elif write:
+                err = user_write(tce.vaddr + offset, <char *> data + done[0], n)
+            else:
+                err = user_read(<char *> data + done[0], tce.vaddr + offset, n)
+            if not err:
+                done[0] += n
+        pthread_rwlock_unlock(&self.lock)
+        return err
+
+    cdef tce_t *find_entry(self, uint64_t iova, uint64_t *page) noexcept nogil:
+        cdef window_t *window
+        for slot in range(SLOTS):
+            window = &self.windows[slot]
+            if window.entries and iova >= window.start and (iova - window.start) >> window.shift < window.npages:
+                page[0] = <uint64_t> 1 << window.shift
+                return &window.entries[(iova - window.start) >> window.shift]
+        return NULL
+
+
+cdef Region find(list regions, uint64_t at, uint64_t page):
+    cdef Region region
+    for region in regions:
+        if at >= region.c.vaddr and page <= region.c.size and at - region.c.vaddr <= region.c.size - page:
+            return region
+    return None
+
+
+cdef int pinnable(uint64_t vaddr, uint64_t size, bint write) noexcept nogil:
+    cdef pin *memory = NULL
+    cdef uint64_t counted = 0
+    cdef int err
+    if not size:
+        return 0
+    err = pin_memory(vaddr, size, PIN_WRITE if write else 0, <uint64_t> -1, &memory, &counted)
+    if err:
+        return -EFAULT
+    pin_release(memory)
+    return 0
+
+
+cdef uint64_t clear(window_t *window, uint64_t first, uint64_t npages) noexcept nogil:
+    cdef uint64_t found = 0, i
+    cdef tce_t *tce
+    for i in range(first, first + npages):
+        tce = &window.entries[i]
+        if tce.prot:
+            found += 1
+            if tce.region:
+                tce.region.mapped -= 1
+            tce.vaddr, tce.prot, tce.region = 0, 0, NULL
+    return found
+
+
+cdef void fill(window_t *window, uint64_t first, uint64_t npages, uint64_t vaddr, uint32_t prot,
+               region_t *region) noexcept nogil:
+    cdef uint64_t i
+    cdef tce_t *tce
+    for i in range(npages):
+        tce = &window.entries[first + i]
+        if tce.prot and tce.region:
+            tce.region.mapped -= 1
+        tce.vaddr, tce.prot = vaddr + (i << window.shift), prot
+        tce.region = region
+        if region:
+            region.mapped += 1
+
+
+cdef class TcePath(DmaPath):
+    """The way of a group's devices through a container's tables, up to a fault: then the endpoint is frozen.
+
+    Attributes
+    ----------
+    frozen : bool
+        No DMA passes.
+    """
+    cdef TceTables tables
+    cdef public bint frozen
+
+    def __cinit__(self, TceTables tables not None):
+        self.tables = tables
+
+    cdef int access(self, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
+        cdef int err
+        done[0] = 0
+        if self.frozen:
+            return -EPERM
+        err = self.tables.access(iova, data, size, write, done)
+        if err:
+            self.frozen = True
+        return err
