@@ -1,6 +1,7 @@
 """Each of one, two or three lines is cut at a byte, the others are not: the stream goes on, or never began.
 
-By default at every frame boundary, one byte before and after it, and every 41 bytes; every byte by VFIODMA_PROFILE=deep.
+By default at every frame boundary, one byte before and after it, and every 41 bytes; by VFIODMA_PROFILE=deep at every
+byte.
 The guest has states, pages of zeros, pages that become zero, and pages that can be compressed.
 """
 import os
@@ -83,6 +84,6 @@ def test_a_line_cut_at_any_byte_costs_an_epoch_at_most(way, monkeypatch):
                 cases += 1
                 resumed += broken
                 refused += not began
-    print(f"{way}: {sum(line.moved for line in lines)} bytes, {boundaries} boundaries, {cases} cuts: resumed {resumed}, "
-          f"before the stream began {refused}")
+    print(f"{way}: {sum(line.moved for line in lines)} bytes, {boundaries} boundaries, {cases} cuts: "
+          f"resumed {resumed}, before the stream began {refused}")
     assert cases >= 2 * boundaries and resumed and refused
