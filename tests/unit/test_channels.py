@@ -19,7 +19,7 @@ from vfiodma.migration.channel import FrameChannel
 from vfiodma.migration.joining import accept_channels, connect_channels
 from vfiodma.migration.layout import MemoryLayout
 from vfiodma.migration.sender import PageSender
-from vfiodma.migration.stream import Checksum, Hello, Kind, Ready
+from vfiodma.migration.stream import Checksum, Hello, Kind, Phase, Ready
 from vfiodma.migration.together import together
 
 
@@ -268,6 +268,51 @@ def test_a_channel_that_breaks_ends_all_on_both_sides(which, cut, monkeypatch):
             assert not destination.receiver.complete and destination.failure is not None
         else:
             assert content_of(target) == content
+
+
+@pytest.mark.parametrize("cut", range(2, 14, 2))
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_stream_goes_on_over_new_channels_when_one_breaks(which, cut, monkeypatch):
+    monkeypatch.setattr("vfiodma.migration.sender._STAGE_BYTES", 4 * PGSIZE)
+
+    class Breaking(Line):
+        def connect(self):
+            number = len(self.here)
+
+            def before(frame):
+                if number == which and frame == cut:
+                    self.here[which]._sock.shutdown(socket.SHUT_RDWR)
+
+            self.wrap = lambda sock, timeout: Hooked(sock, before, timeout)
+            return super().connect()
+
+    content = [pages(200)]
+    with no_threads_left(), guest(content) as memory, guest([b"\xee" * len(content[0])]) as target:
+        line = Breaking()
+        transport = line.connect()
+        receiver = PageReceiver(line.accept(5), lambda hello: target, accept=line.accept)
+        phases = []
+        peer = threading.Thread(target=lambda: phases.append(receiver.serve(10)))
+        peer.start()
+        with MemoryLayout(memory, PGSIZE) as layout, contextlib.closing(transport):
+            tracker = LogTracker(layout)
+
+            def on_round(done):
+                if not done.final:
+                    memory.write(done.epoch * PGSIZE, b"w" * PGSIZE)
+                    tracker.log.mark(done.epoch)
+
+            source = PrecopySource(transport, downtime_limit=1e-9, max_rounds=3, channels=3, connect=line.connect,
+                                   on_event=each_round(on_round))
+            with contextlib.closing(source):
+                source.introduce(memory, PGSIZE)
+                source.migrate(layout, tracker, Machine())
+                source.release()
+        peer.join(15)
+        receiver.close()
+        line.close()
+        assert phases == [Phase.OWNER]
+        assert content_of(target) == content_of(memory)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
