@@ -47,9 +47,9 @@ test: build test-c
 test-c:
 	$(MAKE) --no-print-directory -C tests/c check
 
-# The longer profile of the state machines: 100,000 steps each.
+# The longer profile: state machines of 100,000 steps each, a thousand kills, lines cut at every byte.
 test-deep: build
-	VFIODMA_PROFILE=deep $(BIN)/python -m pytest --timeout=0 tests/property tests/stateful tests/conformance $(PYTEST)
+	VFIODMA_PROFILE=deep $(BIN)/python -m pytest --timeout=0 tests/property tests/stateful tests/conformance tests/faults $(PYTEST)
 
 # Tests on real kernels in QEMU, see docs/kernel-lab.md: on one kernel a few, on each kernel all; and what they need.
 lab-short: build
