@@ -15,7 +15,7 @@ from migration_doubles import PGSIZE, LogTracker, Machine, Peer, content_of, gue
 from vfiodma.errors import InvalidArgumentError, MigrationError, ProtocolError
 from vfiodma.migration import PrecopySource
 from vfiodma.migration.layout import MemoryLayout
-from vfiodma.migration.transport import TlsFiles, TlsTransport, connect, listen
+from vfiodma.migration.transport import PipeTransport, TlsFiles, TlsTransport, connect, listen
 
 CONTENT = [bytes(512) + b"a" * 3072 + bytes(512), os.urandom(64 << 10)]
 
@@ -156,6 +156,16 @@ def test_a_silent_peer_is_given_up_in_time(transports):
             wait()
         assert caught.value.errno == errno.ETIMEDOUT
     assert time.monotonic() - began < 5
+
+
+def test_the_other_side_notices_that_nothing_more_will_be_sent(pair):
+    here, there = pair
+    here.interrupt(receiving=False)
+    if isinstance(here, PipeTransport):
+        here.close()        # a pipe has no other way to say so
+    with pytest.raises((ProtocolError, MigrationError)) as caught:
+        there.receive_into(memoryview(bytearray(4)))
+    assert caught.value.errno in (errno.EPROTO, errno.ECONNRESET)
 
 
 @pytest.mark.parametrize("doing", ["receive", "send"])

@@ -82,6 +82,12 @@ class TlsTransport(PolledTransport):
     def _receive_some(self, views: list[memoryview]) -> int:
         return self._when_ready("receive", self._tls.fileno(), lambda: self._tls.recv_into(views[0]))
 
+    def _wake(self, receiving: bool, sending: bool) -> None:
+        super()._wake(receiving, sending)
+        if sending:     # of the socket below: the other side is to notice, and TLS may be in use by another thread
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._tls, socket.SHUT_WR)
+
     def _wait_readable(self, timeout: float) -> bool:
         return bool(self._tls.pending() or self._poll("receive", self._tls.fileno(), select.POLLIN, timeout))
 
