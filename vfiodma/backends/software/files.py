@@ -3,11 +3,12 @@ import errno
 import os
 from typing import Any
 
-from ..._core.dma import DmaPort, Type1Path
+from ..._core.dma import DmaPath, DmaPort, Type1Path
 from ..._core.errno import error
 from ..._core.memory import read_memory, write_memory
 from ..._core.type1 import VERSIONS, IommuGroup, Type1, extension
 from ...errors import VfioError
+from ...hostinfo import has_capability
 from ...uapi import vfio as abi
 from .device import close_device, device_ioctl, device_mmap, device_pread, device_pwrite, open_device
 from .eeh import Endpoint
@@ -15,6 +16,37 @@ from .spapr import SpaprDriver
 from .spapr import extension as spapr_extension
 
 _PAGE = 4096
+_CAP_SYS_RAWIO = 17
+
+
+def need_rawio(operation):
+    """EPERM without CAP_SYS_RAWIO: a device without an IOMMU reaches all memory."""
+    if not has_capability(_CAP_SYS_RAWIO):
+        raise error(errno.EPERM, operation, hint="a device without an IOMMU reaches all memory: needs CAP_SYS_RAWIO")
+
+
+class NoIommu:
+    """The driver of a container whose devices have no IOMMU: nothing can be mapped."""
+
+    emulated = False
+
+    def __init__(self, allowed):
+        self._allowed = allowed
+
+    def ioctl(self, request, arg):
+        if request == abi.VFIO_CHECK_EXTENSION:
+            return int(self._allowed and arg == abi.VFIO_NOIOMMU_IOMMU)
+        raise error(errno.ENOTTY, "container_ioctl", hint="a no-IOMMU container maps nothing")
+
+    def attach(self, _):
+        pass
+
+    detach = attach
+
+    def close(self):
+        pass
+
+    container_closed = close
 
 
 class ContainerFile:
@@ -43,8 +75,23 @@ class ContainerFile:
         if type1 is not None:
             return type1.ioctl(request, arg)
         if request == abi.VFIO_CHECK_EXTENSION:
+            if arg == abi.VFIO_NOIOMMU_IOMMU or self.noiommu:     # groups decide who is asked
+                suits = self.noiommu or not self.groups
+                return int(suits and self.vfio.noiommu and arg == abi.VFIO_NOIOMMU_IOMMU)
             return extension(self.vfio.kernel, arg)
         raise error(errno.EINVAL, "container_ioctl", hint="no IOMMU driver is set: attach a group, then SET_IOMMU")
+
+    @property
+    def noiommu(self):
+        """Whether its groups have no IOMMU; all of them, or none."""
+        return any(group.config.noiommu for group in self.groups)
+
+    def set_noiommu(self, kind):
+        if kind != abi.VFIO_NOIOMMU_IOMMU:
+            raise error(errno.ENODEV, "set_iommu", hint="groups without an IOMMU take type 8 (no-IOMMU) only")
+        need_rawio("set_iommu")
+        self.type1 = NoIommu(self.vfio.noiommu)
+        return 0
 
     @staticmethod
     def refused_extensions(version):
@@ -58,6 +105,8 @@ class ContainerFile:
         with self.vfio._lock:
             if not self.groups or self.type1 is not None:
                 raise error(errno.EINVAL, "set_iommu", hint="needs a group in the container, and can be done once")
+            if self.noiommu:
+                return self.set_noiommu(kind)
             if kind in self.refused_extensions(version):
                 raise error(errno.EINVAL, "set_iommu", hint="an extension, not an IOMMU type")
             nesting = kind == abi.VFIO_TYPE1_NESTING_IOMMU and version <= VERSIONS["6.12"]
@@ -98,6 +147,8 @@ class ContainerFile:
 
     def connect(self, group, device):
         """Return the way to memory of a device that is opened."""
+        if group.config.noiommu:
+            return DmaPath()            # it leads to physical memory, which is not modelled
         path = Type1Path(self.type1, group.iommu)
         if group.iommu.emulated and hasattr(device, "dma_unmap"):
             self.type1.add_unmap_listener(device.dma_unmap)
@@ -231,6 +282,14 @@ class Group:
         if not hasattr(container, "connect"):
             code = errno.EINVAL if VERSIONS[self.vfio.kernel] <= VERSIONS["6.1"] else errno.EBADFD
             raise error(code, "group_set_container", hint=f"descriptor {fd} is not a container")
+        if self.config.noiommu:
+            need_rawio("group_set_container")
+        if isinstance(container, ContainerFile):
+            if container.groups and container.noiommu != self.config.noiommu:
+                raise error(errno.EPERM, "group_set_container",
+                            hint="groups with and without an IOMMU do not go together")
+        elif self.config.noiommu:
+            raise error(errno.EPERM, "group_set_container", hint="an iommufd takes no group without an IOMMU")
         container.add(self)
         return 0
 

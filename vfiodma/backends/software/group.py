@@ -33,13 +33,17 @@ class SoftwareGroup:
         contiguous memory (a power of two) are reported dirty without their last page.
     tce : TceGroup, optional
         On platform "powernv": the windows of the group; by default those of IODA2.
+    noiommu : bool
+        There is no IOMMU: the group is /dev/vfio/noiommu-N, and its devices reach physical memory, which the model does
+        not have.  Needs ``SoftwareVfio(noiommu=True)``.
     eeh : bool
         On platform "powernv": the group is a partitionable endpoint.
     """
 
     def __init__(self, number, devices, *, aperture=(0, (1 << 39) - 1), reserved=((0xFEE00000, 0xFEEFFFFF),),
                  pgsizes=0x40201000, emulated=False, coherent=True, msi_isolated=True, nestable=False,
-                 dirty_tracking=True, lost_last_page=0, tce=None, eeh=True):
+                 dirty_tracking=True, lost_last_page=0, tce=None, eeh=True,
+                 noiommu=False):
         if not isinstance(number, int) or not 0 <= number < 1 << 31:
             raise ValueError("a group's number is an integer of 0 ... 2**31 - 1")
         if not emulated:
@@ -49,6 +53,8 @@ class SoftwareGroup:
                 raise ValueError("a reserved region is (first, last) with 0 <= first <= last < 2**64")
             if not 0 < pgsizes < 1 << 64:
                 raise ValueError("pgsizes is a bitmap of page sizes")
+        if noiommu and emulated:
+            raise ValueError("a mediated device needs no IOMMU of its own: emulated or noiommu, not both")
         self.number = number
         self.devices = [PlainDevice(device) if isinstance(device, str) else device for device in devices]
         self.aperture = tuple(aperture)
@@ -64,6 +70,12 @@ class SoftwareGroup:
         self.lost_last_page = lost_last_page
         self.tce = TceGroup() if tce is None else tce or None
         self.eeh = eeh
+        self.noiommu = noiommu
+
+    @property
+    def node(self):
+        """Its path in /dev."""
+        return f"/dev/vfio/{'noiommu-' if self.noiommu else ''}{self.number}"
 
     def __repr__(self):
         kind = "emulated" if self.emulated else f"aperture {self.aperture[0]:#x}-{self.aperture[1]:#x}"

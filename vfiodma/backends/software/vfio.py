@@ -9,7 +9,7 @@ from ...errors import ForkedError, VfioError
 from ...types import DeviceLocation
 from ...uapi import vfio as abi
 from .container import SoftwareContainer
-from .files import ContainerFile, Group, SpaprContainerFile
+from .files import ContainerFile, Group, SpaprContainerFile, need_rawio
 from .group import SoftwareGroup
 from .iommufd import CdevFile, IommufdFile
 
@@ -36,6 +36,8 @@ class SoftwareVfio:
         are the kernels that can have it.
     platform : {"x86", "powernv"}
         Of "powernv" the IOMMU driver is SPAPR TCE, version 1 and 2, and groups have EEH; there is no iommufd.
+    noiommu : bool
+        Module parameter enable_unsafe_noiommu_mode: there may be groups without an IOMMU.
     vfio_container : {"type1", "iommufd"}
         Who serves /dev/vfio/vfio.  In either case a group takes an iommufd for a container.
 
@@ -46,12 +48,15 @@ class SoftwareVfio:
     """
 
     def __init__(self, kernel="7.2", groups=None, *, dma_entry_limit=65535, memlock_limit="process",
-                 iommufd=None, vfio_container="type1", platform="x86"):
+                 iommufd=None, vfio_container="type1", platform="x86", noiommu=False):
         if kernel not in VERSIONS:
             raise ValueError(f"kernel is one of {', '.join(VERSIONS)}, not {kernel!r}")
         groups = [SoftwareGroup(0, ["0000:00:10.0"])] if groups is None else list(groups)
         if len({group.number for group in groups}) != len(groups):
             raise ValueError("two groups have the same number")
+        if any(group.noiommu for group in groups) and not noiommu:
+            raise ValueError("a group without an IOMMU needs noiommu=True")
+        self.noiommu = bool(noiommu)
         if platform not in ("x86", "powernv"):
             raise ValueError(f'platform is "x86" or "powernv", not {platform!r}')
         self.platform = platform
@@ -133,10 +138,12 @@ class SoftwareVfio:
             folder, _, name = path.rpartition("/")
             if folder == "/dev/vfio/devices" and self._has_iommufd:
                 return self._open_cdev(name)
-            group = next((group for number, group in self._groups.items() if str(number) == name), None)
+            group = next((group for group in self._groups.values() if group.config.node == path), None)
             if group is None or folder != "/dev/vfio":
                 raise VfioError(errno.ENOENT, operation="open", hint=f"{path}: there is /dev/vfio/vfio and "
                                 f"/dev/vfio/ with {', '.join(map(str, self._groups)) or 'no group'}")
+            if group.config.noiommu:
+                need_rawio("open")
             if group.in_use or group.cdevs:
                 raise error(errno.EBUSY, "open", hint=f"group {name} is open, or a device of it is bound to an iommufd")
             fd = self._new_fd(group)
@@ -252,8 +259,8 @@ class SoftwareVfio:
         for index, (config, device) in enumerate(places):
             if device.address == address:
                 siblings = tuple((other.address, "vfio-pci") for other in config.devices if other is not device)
-                return DeviceLocation(address, config.number, f"/dev/vfio/{config.number}",
-                                      f"/dev/vfio/devices/vfio{index}", False, "vfio-pci", siblings)
+                cdev = f"/dev/vfio/devices/{'noiommu-' if config.noiommu else ''}vfio{index}"
+                return DeviceLocation(address, config.number, config.node, cdev, config.noiommu, "vfio-pci", siblings)
         raise error(errno.ENODEV, "find_device", hint=f"there is no device {address!r}; there are: "
                     + ", ".join(device.address for _, device in places))
 
