@@ -98,8 +98,8 @@ def _draw_left(axes: Any, rounds: list[dict[str, Any]], pgsize: int) -> None:
              color=[_STOPPED if done["final"] else _RUNNING for done in rounds])
     axes.plot(running, [max(value, smallest / 2) for value in left], "o-", color=_DIRTY, linewidth=2, markersize=6,
               markeredgecolor="white", label="left after it")
-    axes.set_yscale("log")
     axes.set_ylim(smallest / 3, max(sent + left + [smallest]) * 6)
+    axes.set_yscale("log")
     axes.set_ylabel("MiB (log scale)")
     _legend(axes, 2)
 
@@ -134,8 +134,8 @@ def _draw_downtime(axes: Any, result: dict[str, Any]) -> None:
         axes.plot([len(result["rounds"]) - 1], [result["downtime"] * 1e3], "D", color=_STOPPED, markersize=8,
                   markeredgecolor="white", label="measured")
     everything = [*predicted, *filter(None, limits), result["downtime"] * 1e3]
+    axes.set_ylim(min([value for value in everything if value > 0], default=1.0) / 2.5, max([*everything, 1.0]) * 8)
     axes.set_yscale("log")
-    axes.set_ylim(min([value for value in everything if value > 0], default=1.0) / 2.5, max([*everything, 1e-3]) * 8)
     axes.set_ylabel("ms (log scale)")
     _legend(axes, 4)
 
