@@ -236,15 +236,15 @@ class Convergence:
     def predict(self) -> Prediction:
         """Return the downtime if the devices were stopped now."""
         costs = self.costs
-        # Devices write until they stand.
-        late = self.working_set.added((clean(costs.stop) + self._scan.seconds) * (1 - self.throttle))
+        # Devices stop one after the other.
+        late = self.working_set.added(clean(costs.stop) / 2 * (1 - self.throttle))
         nbytes = self.left + int(late)
         state = clean(costs.device_state)
         if costs.device_bytes > 0:
             rate = clean(costs.device_rate) or self.link.bandwidth
             state += clean(costs.device_bytes) / rate if rate else math.inf
         parts = DowntimeBreakdown(
-            stop=clean(costs.stop), scan=self._scan.seconds, send=self.link.seconds(nbytes * self._density),
+            stop=clean(costs.stop), scan=self._scan.seconds, send=self.link.seconds(nbytes * self._density, quiet=True),
             device_state=state, acknowledgement=self._acknowledgement.seconds, apply=clean(costs.apply),
             start=clean(costs.start))
         share = 1 + self._spread.share
@@ -297,11 +297,11 @@ class Convergence:
         rounds = next_rounds(self.left, self._round_seconds, lambda t: self.working_set.unique(t * work),
                              max(1, min(_FORECAST_ROUNDS, self.policy.max_rounds - self.rounds)), self.policy.floor)
         left = min(self.left, *(left for _, left in rounds))
-        parts = replace(self.predict().breakdown, send=self.link.seconds(left * self._density))
+        parts = replace(self.predict().breakdown, send=self.link.seconds(left * self._density, quiet=True))
         bandwidth = self.link.bandwidth / self._density if self._density else 0.0
         fixed = parts.total - parts.send
         return _forecast(bandwidth, self.working_set.rate * work, self.working_set.size, rounds, left, parts.total,
-                         fixed, self.policy.last_limit, fixed + self.link.seconds(worst * self._density))
+                         fixed, self.policy.last_limit, fixed + self.link.seconds(worst * self._density, quiet=True))
 
     # Inside
 

@@ -12,6 +12,8 @@ _FADE = 0.7
 _ZERO_WORK = 1 / 8
 #: Relative error from which a sample counts as an outlier.
 _OUTLIER = 0.2
+#: A round that is smaller than what is asked about by this factor does not tell how fast sending is at best.
+_SIMILAR = 8
 _LARGEST = 1e30
 _SMALLEST = 1e-9
 
@@ -112,15 +114,23 @@ class Link:
         if work:
             self._samples.append((work, seconds))
 
-    def seconds(self, nbytes: float) -> float:
-        """Return how long ``nbytes`` would take: infinity while nothing is known, 0 for nothing."""
+    def seconds(self, nbytes: float, *, quiet: bool = False) -> float:
+        """Return how long ``nbytes`` would take: infinity while nothing is known, 0 for nothing.
+
+        ``quiet``: while devices stand still.  Running ones compete with the sender for CPUs and memory, in some rounds
+        more than in others: the two fastest rounds tell how it is without them.
+        """
         nbytes = clean(nbytes)
         if not nbytes:
             return 0.0
         if not self._samples:
             return math.inf
         fixed, per_byte = self._line(nbytes)
-        return fixed + nbytes * per_byte
+        line = fixed + nbytes * per_byte
+        if not quiet:
+            return line
+        fastest = sorted((seconds / work for work, seconds in self._samples if work > nbytes / _SIMILAR))[:2]
+        return min(line, max(fixed, nbytes * math.sqrt(fastest[0] * fastest[-1]))) if fastest else line
 
     def _line(self, near: float) -> tuple[float, float]:
         """Return (seconds, seconds a byte) of the line for sizes about ``near``."""

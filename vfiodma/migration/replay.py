@@ -76,9 +76,9 @@ def replay(trace: Trace, bandwidth: float, policy: Policy | None = None, costs: 
     assert found is not None
     parts = DowntimeBreakdown()
     if decision.step is not Step.CANCEL:
-        # Devices write until they stand still.
+        # Devices write until they stand still, one after the other.
         stop = clean(costs.stop)
-        npages = max(npages, trace.unique(before, at + stop * (1 - convergence.throttle)))
+        npages = max(npages, trace.unique(before, at + stop / 2 * (1 - convergence.throttle)))
         predicted, nbytes = decision.prediction.breakdown, npages * trace.pgsize
         parts = DowntimeBreakdown(stop, scan, nbytes / bandwidth, predicted.device_state, latency,
                                   predicted.apply, predicted.start)
