@@ -4,15 +4,15 @@ import sys
 from vfiodma.cli import main
 from vfiodma.migration.sender import _ChannelSender
 
-sound = _ChannelSender._seal
+sound = _ChannelSender._send_pages
 
 
-def damage_the_last_byte(self, block, runs, staged):
+def damage_the_last_byte(self, block, runs, npages, epoch):
     if int(runs[-1].sum()) == block.npages:
-        staged[-1] ^= 1      # of the last page, which no device writes
-    return sound(self, block, runs, staged)
+        self._stage[npages * self._pgsize - 1] ^= 1      # of the last page, which no device writes
+    sound(self, block, runs, npages, epoch)
 
 
-_ChannelSender._seal = damage_the_last_byte
+_ChannelSender._send_pages = damage_the_last_byte
 sys.argv[0] = "vfiodma"
 main()

@@ -194,7 +194,7 @@ def test_every_dirty_page_is_sent_once_over_whichever_channel(dirty, channels, s
         sender = PageSender([FrameChannel(sink) for sink in sinks], layout)
         for each in sender._senders:
             each.chunk = 3
-            each._stages = [stage[:3 * PGSIZE] for stage in each._stages]
+            each._stage = each._stage[:3 * PGSIZE]
         totals = sender.send(bitmap, 3)
         seen, barriers = [], []
         for sink in sinks:
@@ -372,7 +372,7 @@ def test_a_stop_comes_between_frames_and_leaves_the_channels_as_they_were():
         channels = [FrameChannel(Sink()) for _ in range(3)]
         sender = PageSender(channels, layout, stop=lambda: asked.append(1) or len(asked) > 4)
         for each in sender._senders:
-            each.chunk, each._stages = 3, [stage[:3 * PGSIZE] for stage in each._stages]
+            each.chunk, each._stage = 3, each._stage[:3 * PGSIZE]
         bitmap = DirtyBitmap(layout.nbits, PGSIZE)
         bitmap.set(0, 300)
         with no_threads_left(), pytest.raises(MigrationError) as caught:

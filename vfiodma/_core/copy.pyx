@@ -305,31 +305,13 @@ cdef class PageStage:
         """Let go of the buffers; there are no more chunks.  Idempotent."""
         self._release()
 
-    def next(self, stage=None):
-        """Stage the next chunk; return False when there are no more pages.
-
-        Parameters
-        ----------
-        stage : writable buffer, optional
-            Where its content goes, in place of the one that was given first; not smaller.
-        """
+    def next(self):
+        """Stage the next chunk; return False when there are no more pages."""
         cdef bint more
-        cdef Py_buffer other
-        if stage is None:
-            with nogil:
-                more = copy_next_chunk(&self._chunk, self._stage.buf if self._has_stage else NULL, self._memory.buf,
-                                       self._pgsize, self._most, self._most_zeros)
-            return more
-        open_buffer(stage, &other, "stage", True)
-        try:
-            if not self._has_stage or <uint64_t> other.len // self._pgsize < self._most:
-                raise_errno(EINVAL, "stage", None, None, "another stage is not smaller than the first one")
-            with nogil:
-                more = copy_next_chunk(&self._chunk, other.buf, self._memory.buf, self._pgsize, self._most,
-                                       self._most_zeros)
-            return more
-        finally:
-            PyBuffer_Release(&other)
+        with nogil:
+            more = copy_next_chunk(&self._chunk, self._stage.buf if self._has_stage else NULL, self._memory.buf,
+                                   self._pgsize, self._most, self._most_zeros)
+        return more
 
     @property
     def kept(self):

@@ -46,23 +46,19 @@ class FrameChannel:
         self.bytes_sent = self.bytes_received = 0
 
     def send(self, kind: Kind, *parts: Any, content: Sequence[Any] = (), block: int = 0, flags: int = 0,
-             epoch: int = 0, nruns: int = 0, summed: int | None = None) -> None:
+             epoch: int = 0, nruns: int = 0) -> None:
         """Send a frame whose body is the parts, and the content of pages behind them.
 
         All are bytes-like, and staged: nobody writes into them any more.  Only without checksums may the content be
-        memory that is written meanwhile.  ``summed`` is their checksum, where it is known already: ``sum``.
+        memory that is written meanwhile.
         """
-        if summed is None:
-            summed = self.sum(parts, content)
+        summed = parts if self.checksum is Checksum.NONE else (*parts, *content)
         length = sum(memoryview(part).nbytes for part in (*parts, *content))
-        header = encode_header(Header(kind, block, flags, epoch, self._sent, nruns, length, summed))
+        header = encode_header(Header(kind, block, flags, epoch, self._sent, nruns, length,
+                                      body_sum(self.checksum, summed)))
         self._sent += 1
         self.transport.send([header, *parts, *content])
         self.bytes_sent += HEADER_SIZE + length
-
-    def sum(self, parts: Sequence[Any], content: Sequence[Any]) -> int:
-        """Return the checksum that a frame with this body has.  For any thread; the GIL is released."""
-        return body_sum(self.checksum, parts if self.checksum is Checksum.NONE else (*parts, *content))
 
     def receive(self, *kinds: Kind) -> tuple[Header, memoryview]:
         """Receive a frame of one of the kinds; the body is good until the next call.

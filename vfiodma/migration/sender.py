@@ -1,11 +1,10 @@
 """One epoch's dirty pages, as frames on one or several channels."""
-import contextlib
 import errno
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .._core.bitmap import DirtyBitmap
 from .._core.copy import PageStage
@@ -97,8 +96,7 @@ class PageSender:
         """
         todo, self._done, self._failed = dirty.count(), 0, False
         portions = self._portions(dirty)
-        many = todo > 2 * self._senders[0].chunk
-        works = [partial(sender.send, portions, epoch, many) for sender in self._senders]
+        works = [partial(sender.send, portions, epoch) for sender in self._senders]
         works[0] = partial(works[0], lambda: self._on_progress(epoch, self._done, todo))
         return Totals(*map(sum, zip(*together(works, self._give_up), strict=True)))
 
@@ -155,35 +153,8 @@ class PageSender:
         return take
 
 
-class _Chunk(NamedTuple):
-    """What two frames, or one, will bring."""
-
-    block: Block
-    zeros: "Runs"
-    kept: "Runs"
-    content: Any            #: of the kept pages, staged and perhaps compressed; None: it is still in guest memory
-    flags: int
-    summed: int | None
-    totals: Totals
-
-
-def _ahead(chunks: Iterator[_Chunk]) -> "Generator[_Chunk]":
-    """Yield the chunks; the next one is made in another thread meanwhile."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1, "vfiodma-stage") as pool:
-        made = pool.submit(next, chunks, None)
-        while (chunk := made.result()) is not None:
-            made = pool.submit(next, chunks, None)
-            yield chunk
-
-
 class _ChannelSender:
-    """What one channel, and its thread, needs to send pages.
-
-    Pages are looked at, copied, compressed and summed in a thread of their own, one chunk ahead of the one that is
-    being sent: the socket's buffer is too small to keep the destination busy meanwhile.
-    """
+    """What one channel, and its thread, needs to send pages."""
 
     def __init__(self, owner: PageSender, channel: FrameChannel, compression: Compression,
                  note_sent: Callable[[int, Any, Any], object] | None) -> None:
@@ -197,84 +168,67 @@ class _ChannelSender:
         self._direct = channel.checksum is Checksum.NONE and note_sent is None and not compression
         size = stream.CHUNK_BYTES if self._direct else max(_STAGE_BYTES, self._pgsize)
         self.chunk = size // self._pgsize
-        # One is sent while the other one is filled.
-        self._stages: list[Any] = [None, None] if self._direct else list(np.empty((2, size), np.uint8))
+        self._stage: Any = None if self._direct else np.empty(size, np.uint8)
         self._zeros = bytes(size) if note_sent else b""
         self._first = channel is owner.channels[0]
         self._check = partial(owner.check, self._first)
 
-    def send(self, portions: "Callable[[], tuple[Block, Runs] | None]", epoch: int, many: bool,
+    def send(self, portions: "Callable[[], tuple[Block, Runs] | None]", epoch: int,
              on_progress: Callable[[], object] = lambda: None) -> Totals:
-        """Send portions until there are no more, then the barrier of a further channel.
-
-        ``many``: it is worth a thread that stages ahead.
-        """
+        """Send portions until there are no more, then the barrier of a further channel."""
         totals = Totals(0, 0, 0)
-        with contextlib.closing(self._chunks(portions)) as made:
-            with contextlib.closing(_ahead(made)) if many else contextlib.nullcontext(made) as chunks:
-                for chunk in chunks:
-                    self._send_chunk(chunk, epoch)
-                    totals = Totals(*map(sum, zip(totals, chunk.totals, strict=True)))
-                    self._owner.add_done(chunk.totals.pages + chunk.totals.zero_pages)
-                    on_progress()
+        while (portion := portions()) is not None:
+            for sent in self._send_portion(*portion, epoch):
+                totals = Totals(*map(sum, zip(totals, sent, strict=True)))
+                self._owner.add_done(sent.pages + sent.zero_pages)
+                on_progress()
         self._check()
         if not self._first:
             self._channel.send(Kind.BARRIER, stream.encode_totals(totals), epoch=epoch)
         return totals
 
-    def _chunks(self, portions: "Callable[[], tuple[Block, Runs] | None]") -> "Generator[_Chunk]":
-        """Stage chunk after chunk, each in the stage that the one before is not in."""
-        stage, other = self._stages     # the one to fill; what is in the other one is being sent
-        for block, runs in iter(portions, None):
-            burst = self._owner.limit.burst
-            most = self.chunk if burst is None else max(1, min(self.chunk, burst // self._pgsize))
-            stager = PageStage(block.view, runs, self._stages[0], self._pgsize, most,
-                               stream.ZEROS_BYTES // self._pgsize, _MAX_RUNS)
-            try:
-                while stager.next(stage):
-                    totals = Totals((stager.zero_pages > 0) + (stager.kept_pages > 0), stager.kept_pages,
-                                    stager.zero_pages)
-                    # Little-endian on every machine; no copy where it is already.
-                    kept, zeros = stager.kept.astype("<u8", copy=False), stager.zeros.astype("<u8", copy=False)
-                    if self._direct or not totals.pages:
-                        yield _Chunk(block, zeros, kept, None, 0, None, totals)
-                    else:
-                        staged = stage[:totals.pages * self._pgsize]
-                        yield _Chunk(block, zeros, kept, *self._seal(block, kept, staged), totals)
-                    stage, other = other, stage
-            finally:
-                stager.release()        # a traceback must not hold the memory
+    def _send_portion(self, block: Block, runs: "Runs", epoch: int) -> Iterator[Totals]:
+        burst = self._owner.limit.burst
+        most = self.chunk if burst is None else max(1, min(self.chunk, burst // self._pgsize))
+        chunk = PageStage(block.view, runs, self._stage, self._pgsize, most, stream.ZEROS_BYTES // self._pgsize,
+                          _MAX_RUNS)
+        try:
+            while chunk.next():
+                if chunk.zero_pages:
+                    self._send_zeros(block, chunk.zeros, epoch)
+                if chunk.kept_pages:
+                    self._send_pages(block, chunk.kept, chunk.kept_pages, epoch)
+                yield Totals((chunk.zero_pages > 0) + (chunk.kept_pages > 0), chunk.kept_pages, chunk.zero_pages)
+        finally:
+            chunk.release()     # a traceback must not hold the memory
 
-    def _seal(self, block: Block, runs: "Runs", staged: Any) -> tuple[Any, int, int]:
-        """Return what is to be sent of staged pages, its flags, and the body's checksum."""
+    def _send_zeros(self, block: Block, runs: "Runs", epoch: int) -> None:
         if self._note_sent is not None:
-            self._note_sent(block.number, runs, staged)
-        packed = self._codec and self._codec.compress(staged)
-        content = packed or staged
-        return content, COMPRESSED if packed else 0, self._channel.sum([runs], [content])
+            for part in split_runs(runs, self.chunk):
+                self._note_sent(block.number, part, self._zeros[:int(part[:, 1].sum()) * self._pgsize])
+        self._send_runs(Kind.ZEROS, block, runs, epoch)
 
-    def _send_chunk(self, chunk: _Chunk, epoch: int) -> None:
-        block = chunk.block
-        if chunk.totals.zero_pages:
-            if self._note_sent is not None:
-                for part in split_runs(chunk.zeros, self.chunk):
-                    self._note_sent(block.number, part, self._zeros[:int(part[:, 1].sum()) * self._pgsize])
-            self._send_runs(Kind.ZEROS, block, chunk.zeros, epoch)
-        if chunk.content is not None:
-            self._send_runs(Kind.PAGES, block, chunk.kept, epoch, [chunk.content], chunk.flags, chunk.summed)
-        elif chunk.totals.pages:
+    def _send_pages(self, block: Block, runs: "Runs", npages: int, epoch: int) -> None:
+        if self._direct:
             content = [block.view[first * self._pgsize:(first + count) * self._pgsize]
-                       for first, count in chunk.kept.tolist()]
+                       for first, count in runs.tolist()]
             try:
-                self._send_runs(Kind.PAGES, block, chunk.kept, epoch, content)
+                self._send_runs(Kind.PAGES, block, runs, epoch, content)
             finally:
                 for view in content:
                     view.release()
+            return
+        staged = self._stage[:npages * self._pgsize]
+        if self._note_sent is not None:
+            self._note_sent(block.number, runs, staged)
+        packed = self._codec and self._codec.compress(staged)
+        self._send_runs(Kind.PAGES, block, runs, epoch, [packed or staged], COMPRESSED if packed else 0)
 
     def _send_runs(self, kind: Kind, block: Block, runs: "Runs", epoch: int, content: Sequence[Any] = (),
-                   flags: int = 0, summed: int | None = None) -> None:
+                   flags: int = 0) -> None:
         self._check()
         self._owner.limit.spend(HEADER_SIZE + len(runs) * RUN_SIZE + sum(memoryview(part).nbytes for part in content),
                                 self._check)
-        self._channel.send(kind, runs, content=content, block=block.number, epoch=epoch, nruns=len(runs), flags=flags,
-                           summed=summed)
+        # Little-endian on every machine; no copy where it is already.
+        self._channel.send(kind, runs.astype("<u8", copy=False), content=content, block=block.number, epoch=epoch,
+                           nruns=len(runs), flags=flags)
