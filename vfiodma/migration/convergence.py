@@ -248,7 +248,9 @@ class Convergence:
             device_state=state, acknowledgement=self._acknowledgement.seconds, apply=clean(costs.apply),
             start=clean(costs.start))
         share = 1 + self._spread.share
-        return Prediction(parts, parts.total / share, parts.total * share, nbytes)
+        # What slowed rounds down may not have been the guest: then it is there in the downtime as well.
+        slow = replace(parts, send=self.link.seconds(nbytes * self._density))
+        return Prediction(parts, parts.total / share, slow.total * share, nbytes)
 
     def expired(self, elapsed: float) -> bool:
         """Whether the time is over, ``elapsed`` seconds after the start: for engines that can break off a round."""

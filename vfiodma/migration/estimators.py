@@ -49,7 +49,7 @@ class Prediction:
     """The downtime if devices were stopped now."""
 
     breakdown: DowntimeBreakdown
-    low: float                      #: seconds; the band that 9 of 10 measured downtimes should be in
+    low: float                      #: seconds; the band that measured downtimes should be in: 9 of 10 on a calm host
     high: float
     bytes: int                      #: pages that will be sent, in bytes of memory
 
