@@ -266,6 +266,8 @@ class World:
         else:
             assert receiver.handover.phase is not Phase.OWNER
             assert missing_pages(self.layout, tracker, source.ledger, target) == []
+            if tracker.left is not None:        # the ledger has it all
+                assert all(map(source.ledger.pending.test, tracker.left.indices().tolist()))
         return got_there
 
 

@@ -99,7 +99,7 @@ class PrecopySource:
     handover : SourceHandover
         Whose the guest is: ``handover.state`` and ``handover.may_run``.
     ledger : Ledger
-        After a failure, what the destination lacks is in ``ledger.pending``.
+        After a failure, ``ledger.pending`` has what the destination lacked when tracking ended.
 
     Notes
     -----
@@ -217,6 +217,8 @@ class PrecopySource:
             self._stay()
             if self._cancelled.is_set() and isinstance(exc, MigrationError):
                 self._tell_abort()
+            with contextlib.suppress(VfioError):        # what was written since the last round is lacking as well
+                tracker.harvest(self.ledger.pending)
             raise
         finally:
             tracker.stop()
