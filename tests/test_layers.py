@@ -25,7 +25,7 @@ ALLOWED = {
     "backends": PLAIN | {"_core", "hostinfo", "kernel", "sources"},
     "address_space": MIDDLE | {"backends"},         # of backends only open_backend: see below
     "memory": MIDDLE, "devices": MIDDLE,
-    "migration": MIDDLE, "liveupdate": MIDDLE | {"backends"},
+    "migration": MIDDLE | {"liveupdate"}, "liveupdate": MIDDLE | {"backends"},
     "serve": MIDDLE | {"backends"},
     "cli": MIDDLE | {"backends", "migration", "liveupdate", "serve", "testing"},
     "testing": MIDDLE | {"backends", "migration", "liveupdate", "serve"},

@@ -185,3 +185,44 @@ def test_the_documents_example_moves_a_guest(tmp_path, guest):
     thread.join(20)
     assert result.downtime > 0 and got[0].read(0, SIZE) == memory.read(0, SIZE)
     got[0].close()
+
+
+def test_memory_is_shared_with_a_destination_on_the_same_host(tmp_path, guest):
+    memory, ioas, writers = guest
+    url, taken, states = f"unix:{tmp_path}/guest", [], {}
+
+    def receive():
+        with listen(url, timeout=10) as listener, PageReceiver(
+                listener.accept(), lambda hello: None, take_memory=taken.append,
+                on_state=states.__setitem__, accept=listener.accept) as receiver:
+            taken.append(receiver.serve(wait=2))
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "guest").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    result = Migration(url, memory, writers, ioas=ioas, share_memory=True, verify=True).run()
+    thread.join(20)
+    there, phase = taken
+    assert phase is Phase.OWNER and set(states) == set(DEVICES)
+    assert sum(done.pages + done.zero_pages for done in result.rounds) == 0 and result.bytes < 4096
+    there.write(SIZE - 4, b"same")
+    assert memory.read(0, SIZE) == there.read(0, SIZE)
+    there.close()
+
+
+def test_shared_memory_needs_both_sides_and_a_unix_socket(destination, guest):
+    memory, ioas, writers = guest
+    with pytest.raises(MigrationError, match="nobody here takes it"):
+        Migration(destination.url, memory, writers, ioas=ioas, share_memory=True).run()
+    with listen("tcp://127.0.0.1:0") as listener:
+        def receive():
+            with contextlib.closing(listener.accept()) as transport, contextlib.suppress(OSError), \
+                    PageReceiver(transport, lambda hello: None, take_memory=lambda memory: None) as receiver:
+                receiver.receive()
+        thread = threading.Thread(target=receive)
+        thread.start()
+        with pytest.raises(MigrationError, match="UNIX stream socket"):
+            Migration(listener.url, memory, writers, ioas=ioas, share_memory=True).run()
+        thread.join(20)

@@ -87,6 +87,11 @@ class Destination:
         self._populating = Background(self._populate)
         return self.memory
 
+    def take_memory(self, memory: GuestMemory) -> None:
+        """Take over the source's own memory."""
+        self.memory = self._parts.enter_context(memory)
+        self._populating = Background(lambda: None)
+
     def _populate(self) -> None:
         libc, region = ctypes.CDLL(None), self.memory.region
         for at in range(0, region.size, _PORTION):

@@ -109,6 +109,7 @@ def send(
     checksum: Checksum = "auto",
     compression: Annotated[str, typer.Option(help="none, auto, zstd or lz4")] = "none",
     reconnect: Annotated[float, typer.Option(min=0, help="Seconds to get a broken connection again.")] = 30.0,
+    share: Annotated[bool, typer.Option(help="Give the memory itself to a process of this host, uncopied.")] = False,
     verify: Annotated[bool, typer.Option(help="Compare all memory before the hand-over.")] = True,
     journal: JournalFile = None,
     ca: Ca = None, certificate: Cert = None, key: Key = None, insecure: Insecure = False, timeout: Timeout = 30.0,
@@ -148,7 +149,7 @@ def send(
                 url, memory, guest.writers, ioas=guest.ioas, states=guest.states, verify=verify, on_event=on_event,
                 transport_options=options, downtime_limit=downtime / 1e3, max_rounds=max_rounds, checksum=checksum,
                 compression=compression, channels=channels, reconnect_timeout=reconnect,
-                bandwidth_limit=None if bandwidth is None else float(parse_size(bandwidth)),
+                share_memory=share, bandwidth_limit=None if bandwidth is None else float(parse_size(bandwidth)),
                 journal=None if journal is None else Journal(journal))
 
             def cancel() -> dict[str, Any]:
@@ -194,7 +195,8 @@ def serve(
             transport, here.make_memory, fresh=True, prefault=False, accept=listener.accept, channels=channels,
             checksum=checksum,
             compression=compression, journal=None if journal is None else Journal(journal),
-            on_state=here.take_state, on_prepare=here.prepare, on_switch=here.get_ready))
+            on_state=here.take_state, on_prepare=here.prepare, on_switch=here.get_ready,
+            take_memory=here.take_memory))
 
         def cancel() -> dict[str, Any]:
             phase = receiver.handover.abort()

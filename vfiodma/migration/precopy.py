@@ -23,6 +23,7 @@ from .joining import close_channels, connect_channels
 from .layout import MemoryLayout
 from .ledger import Ledger
 from .sender import PageSender
+from .sharing import NothingToTrack, share
 from .stream import Compression, Hello, Kind, Phase, Ready
 
 _KEEPALIVE = 1.0            # seconds between signs of life while paused
@@ -87,6 +88,9 @@ class PrecopySource:
         connection that breaks costs the epoch that was in flight, and no more; devices run on meanwhile.
     reconnect_timeout : float
         Seconds that reconnecting may take.
+    share_memory : bool
+        Give the memory itself to a destination on the same host, over ``unix:``, instead of its content: nothing is
+        copied, and only states move.  Regions are of memfd, hugetlb or files.
     journal : Journal, optional
         Where it is written down that the guest was given away, so that a restarted process knows: a source that is made
         with the journal of a process that was killed after ``release`` began can ``settle``, and must before it
@@ -113,7 +117,8 @@ class PrecopySource:
                  checksum: str = "auto", compression: str = "none", channels: int = 1,
                  bandwidth_limit: float | None = None, connect: Callable[[], Any] | None = None,
                  reconnect_timeout: float = 30.0,
-                 journal: Journal | None = None, on_event: Callable[[Event], object] | None = None) -> None:
+                 share_memory: bool = False, journal: Journal | None = None,
+                 on_event: Callable[[Event], object] | None = None) -> None:
         if reconnect_timeout < 0:
             raise error(errno.EINVAL, "migrate", hint="reconnect_timeout is not negative")
         if not 1 <= channels <= stream.MAX_CHANNELS or (channels > 1 and connect is None):
@@ -127,6 +132,7 @@ class PrecopySource:
         self.limit = BandwidthLimit(bandwidth_limit)
         self._connect, self._reconnect_timeout = connect, reconnect_timeout
         self._opened: list[Any] = []        # transports of connect()
+        self._shares = share_memory
         self._journal = journal or Journal()
         self._on_event = on_event or (lambda _: None)
         self.convergence = Convergence(policy or Policy(downtime_limit, max_rounds))
@@ -159,9 +165,11 @@ class PrecopySource:
             self._check_cancel()
             self._on_event(Stage("introduce"))
             hello = Hello(pgsize, os.urandom(16), layout.shape, self._offer, os.urandom(16), self._compressions,
-                          self._channels)
+                          1 if self._shares else self._channels, shares=self._shares)
             self.handover = self._taking(hello)
             self._greet(hello)
+            if self._shares:
+                share(self._channel.transport, memory)
             self._hello = hello
 
     def migrate(self, layout: MemoryLayout, tracker: Tracker, machine: Machine,
@@ -195,10 +203,12 @@ class PrecopySource:
         self.ledger, self._machine = Ledger(layout.nbits, layout.pgsize), machine
         result, began = MigrationResult(), time.perf_counter()
         self._began = began
+        if self._shares:
+            tracker = NothingToTrack()
         try:
             with self._failing("migrate"):
                 tracker.start()
-            for block in layout.blocks:
+            for block in layout.blocks if not self._shares else ():
                 self.ledger.pending.set(block.first_bit, block.npages)
             while True:
                 try:

@@ -19,6 +19,7 @@ from .intake import ChannelIntake, open_boards, take_epoch
 from .joining import accept_channels, close_channels
 from .layout import MemoryLayout
 from .prefault import Prefault
+from .sharing import take
 from .stream import Hello, Kind, Phase, Ready, Totals, damaged
 
 
@@ -48,6 +49,9 @@ class PageReceiver:
     devices : DeviceSinks, optional
         The VFIO devices that take over the state of the source's.  They stand still, loaded, when the memory is
         complete; ``devices.run()`` is the caller's, when the guest is owned.
+    take_memory : callable, optional
+        Called with the source's own GuestMemory, where it shares it (same host, ``unix:``), instead of ``make_memory``;
+        it may refuse, and is to keep it.  Without it, such a source is refused.
     on_state : callable, optional
         Called with (name, bytes) of each state; again with a newer one, when the source had to go on.
     on_prepare : callable, optional
@@ -77,7 +81,9 @@ class PageReceiver:
     def __init__(self, transport: Any, make_memory: Callable[[Hello], GuestMemory], *, fresh: bool = False,
                  prefault: bool | None = None, checksum: str = "auto", compression: str = "auto",
                  accept: Callable[[float], Any] | None = None, channels: int = 8, journal: Journal | None = None,
-                 devices: DeviceSinks | None = None, on_state: Callable[[str, bytes], object] | None = None,
+                 devices: DeviceSinks | None = None,
+                 take_memory: Callable[[GuestMemory], object] | None = None,
+                 on_state: Callable[[str, bytes], object] | None = None,
                  on_prepare: Callable[[], object] | None = None,
                  on_switch: Callable[[], object] | None = None) -> None:
         self._make_memory = make_memory
@@ -91,7 +97,7 @@ class PageReceiver:
         self._further: list[FrameChannel] = []
         self._boards: list[PageBoard] = []
         self._intakes: list[ChannelIntake] = []
-        self._devices = devices
+        self._devices, self._take_memory = devices, take_memory
         self._on_state = on_state or (lambda *_: None)
         self._on_prepare = on_prepare or (lambda: None)
         self._on_switch = on_switch or (lambda: None)
@@ -241,7 +247,11 @@ class PageReceiver:
                     hello.stream_id + hello.token, self._hello.stream_id + self._hello.token):
                 raise damaged("another stream has begun here")
         elif not hello.resume and not self.handover.stream:
-            self._begin(hello)
+            if not hello.shares:
+                self._begin(hello)
+            elif self._take_memory is None:
+                raise error(errno.EOPNOTSUPP, "take_memory", hint="the source would share its memory, and nobody here "
+                            "takes it (take_memory=)")
         elif not hello.resume or hello.stream_id.hex() != self.handover.stream:
             raise damaged("there is no such stream here that could go on")
         if self.handover.phase is Phase.COMPLETE and not hello.asks:
@@ -250,6 +260,8 @@ class PageReceiver:
                       1 if hello.asks else min(hello.channels, self._most_channels), self.handover.phase, self.epoch)
         self._channel.send(Kind.READY, stream.encode_ready(hello.stream_id, ready))
         self._channel.checksum = checksum
+        if hello.shares and self._hello is None and not self.handover.stream:
+            self._begin(hello)
         if self._accept is not None:
             self._further = accept_channels(self._accept, self._channel.transport, hello, ready)
         self._intakes = [ChannelIntake(channel, self._boards, hello.pgsize, ready.compression)
@@ -257,7 +269,13 @@ class PageReceiver:
         self._greeted = True
 
     def _begin(self, hello: Hello) -> None:
-        layout = MemoryLayout(self._make_memory(hello), hello.pgsize)
+        if hello.shares:
+            memory = take(self._channel.transport)
+            assert self._take_memory is not None
+            self._take_memory(memory)
+        else:
+            memory = self._make_memory(hello)
+        layout = MemoryLayout(memory, hello.pgsize)
         if layout.shape != hello.blocks:
             layout.close()
             raise damaged("the memory here has another shape than the source's")
@@ -266,7 +284,7 @@ class PageReceiver:
         self._boards = open_boards(layout, self._fresh)
         if self._devices is not None:
             self._devices.prepare()
-        if self._prefaults:
+        if self._prefaults and not hello.shares:
             self._prefault = Prefault(layout, self._boards)
 
     def _receive_epoch(self, layout: MemoryLayout) -> bool:
@@ -275,7 +293,7 @@ class PageReceiver:
             raise damaged("too many epochs")
         self._attempt += 1      # an epoch that broke comes again, with pages that were here before
         self._state_bytes = 0
-        final = False
+        final, shared = False, self._hello is not None and self._hello.shares
 
         def control() -> Totals:
             nonlocal final
@@ -302,7 +320,7 @@ class PageReceiver:
 
         self.handover.receive()
         self._totals = take_epoch(self._intakes, self.epoch, self._attempt - 1, control)
-        if not self.epoch and self._totals.pages + self._totals.zero_pages != layout.npages:
+        if not self.epoch and not shared and self._totals.pages + self._totals.zero_pages != layout.npages:
             raise damaged("the first epoch did not bring all memory")
         return final
 

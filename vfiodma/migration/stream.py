@@ -32,6 +32,7 @@ MAX_CHANNELS = 64
 FINAL = 1       #: flag of END: the devices are stopped, this was the last epoch
 COMPRESSED = 2  #: flag of PAGES: the content is compressed as READY said
 RESUME = 1      #: flag of HELLO: a stream that broke goes on
+SHARE = 4       #: flag of HELLO: memory comes as descriptors, after READY
 ASK = 2         #: flag of HELLO, with RESUME: only to hear whose the guest is, or to give it again
 
 _HEADER = struct.Struct("<4sBBHIIQIIQI")
@@ -151,6 +152,7 @@ class Hello(NamedTuple):
     resume: bool = False
     epochs: int = 0                             #: acknowledged, as far as the source knows
     asks: bool = False                          #: whose the guest is; no memory will come
+    shares: bool = False                        #: the memory itself, with a process of the same host
 
 
 class Ready(NamedTuple):
@@ -254,9 +256,10 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
 
 def encode_hello(hello: Hello) -> bytes:
     """Return the body of HELLO."""
+    flags = RESUME * hello.resume | ASK * hello.asks | SHARE * hello.shares
     return _HELLO.pack(hello.pgsize, len(hello.blocks), hello.stream_id, hello.token, hello.checksums,
-                       hello.compressions, hello.channels, RESUME * hello.resume | ASK * hello.asks,
-                       hello.epochs) + b"".join(_BLOCK.pack(*block) for block in hello.blocks)
+                       hello.compressions, hello.channels, flags, hello.epochs) + b"".join(
+                           _BLOCK.pack(*block) for block in hello.blocks)
 
 
 def decode_hello(body: Any) -> Hello:
@@ -268,8 +271,8 @@ def decode_hello(body: Any) -> Hello:
         raise damaged(f"a page size of {pgsize} bytes")
     if not 0 < count <= MAX_BLOCKS or len(body) != _HELLO.size + count * _BLOCK.size:
         raise damaged(f"HELLO announces {count} blocks in {len(body)} bytes")
-    if (not 0 < channels <= MAX_CHANNELS or flags not in (0, RESUME, RESUME | ASK) or epochs > MAX_EPOCH + 1
-            or (epochs and not flags)):
+    if (not 0 < channels <= MAX_CHANNELS or flags & ~SHARE not in (0, RESUME, RESUME | ASK) or epochs > MAX_EPOCH + 1
+            or (epochs and not flags & RESUME)):
         raise damaged(f"HELLO with {channels} channels, flags {flags:#x} and {epochs} epochs")
     blocks = tuple(_BLOCK.iter_unpack(body[_HELLO.size:]))
     end = 0
@@ -278,7 +281,7 @@ def decode_hello(body: Any) -> Hello:
             raise damaged(f"a block of {size:#x} bytes at {gpa:#x}")
         end = gpa + size
     return Hello(pgsize, stream_id, blocks, Checksum(checksums), token, Compression(compressions), channels,
-                 bool(flags), epochs, bool(flags & ASK))
+                 bool(flags & RESUME), epochs, bool(flags & ASK), bool(flags & SHARE))
 
 
 def encode_ready(stream_id: bytes, ready: Ready) -> bytes:

@@ -5,7 +5,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from ..._core.errno import error
@@ -165,6 +165,16 @@ class SocketTransport(ByteTransport):
         limit = struct.pack("@ll", *divmod(max(round(timeout * 1e6), 1), 1_000_000))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[socket.socket]:
+        """Lend the socket, between two frames, to somebody who sends something else over it."""
+        try:
+            yield self._sock
+        finally:
+            self._sock.setblocking(True)
+            if self._sock.family == socket.AF_UNIX:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
 
     def _send_some(self, views: list[memoryview]) -> int:
         return self._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
