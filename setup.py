@@ -31,7 +31,7 @@ KERNELS = {
     "type1": ["rangemap"],
     "tce": ["pin", "usercopy", "memlock"],
     "kernel": [],
-    "userfault": ["pagemap", "pagehash", "bitmap", "bitmap_x86", "bitmap_arm"],
+    "userfault": ["pagemap", "missing", "pagehash", "bitmap", "bitmap_x86", "bitmap_arm"],
     "pagefile": ["pagefile", "pagehash", "copy"],
     "iommufd": ["rangemap", "bitmap", "bitmap_x86", "bitmap_arm"],
 }

@@ -1,8 +1,9 @@
 """Which pages the process itself has written: by write protection, or by comparison with what was sent."""
 import os
+import threading
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer
-from libc.errno cimport EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM
+from libc.errno cimport EBADF, EBUSY, EEXIST, EINVAL, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, EPROTO
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
@@ -15,6 +16,15 @@ cdef extern from "pagemap.h" nogil:
     int writes_watch(int uffd, uint64_t vaddr, uint64_t size)
     int writes_unwatch(int uffd, uint64_t vaddr, uint64_t size)
     int writes_harvest(int pagemap, uint64_t vaddr, uint64_t size, uint64_t pgsize, uint64_t *words, uint64_t first, uint64_t *found)
+
+cdef extern from "missing.h" nogil:
+    int missing_open()
+    int missing_register(int uffd, uint64_t vaddr, uint64_t size)
+    int missing_unregister(int uffd, uint64_t vaddr, uint64_t size)
+    int missing_next(int uffd, uint64_t *addresses, size_t max, int timeout)
+    int missing_place(int uffd, uint64_t vaddr, const void *content, uint64_t size, uint64_t *placed)
+    int missing_claim(uint64_t *words, uint64_t npages, const uint64_t *runs, size_t n, uint64_t *total)
+    void missing_unclaim(uint64_t *words, uint64_t first, uint64_t n)
 
 cdef extern from "pagehash.h" nogil:
     ctypedef struct pagehash_key:
@@ -216,3 +226,174 @@ cdef class PageHashes:
         finally:
             PyBuffer_Release(&view)
         return found
+
+
+cdef class MissingPages:
+    """Memory of which no page is there yet: who touches one waits until it is placed.
+
+    Parameters
+    ----------
+    vaddr, size : int
+        Bytes; fresh memory that nobody has touched, anonymous or memfd.
+    pgsize : int
+        Bytes of a page.
+
+    Attributes
+    ----------
+    left : int
+        Pages that were not placed yet.
+
+    Raises
+    ------
+    DmaPermissionError
+        EPERM: userfaultfd is not for this user.
+    UnsupportedError
+        EOPNOTSUPP, ENOSYS: not with this kernel, or not for such memory (hugetlb).
+
+    Notes
+    -----
+    The GIL is released.  A Python thread that touches a missing page, by a slice or ``memory.read``, waits *with* the GIL:
+    what places pages must be another process then, which got the descriptor by fork.  C code that released the GIL can be
+    served by a thread.  Other mappings of the same memory do not wait.  Source: userfaultfd(2), UFFDIO_COPY, UFFDIO_ZEROPAGE.
+    """
+    cdef int uffd
+    cdef uint64_t *words
+    cdef readonly uint64_t vaddr, size, pgsize, npages, left
+    cdef object lock
+
+    def __cinit__(self, vaddr, size, pgsize=4096):
+        cdef int err
+        self.uffd = -1
+        self.vaddr, self.size, self.pgsize = u64("missing", vaddr), u64("missing", size), u64("missing", pgsize)
+        check_place("missing", self.vaddr, self.size, self.pgsize)
+        self.npages = self.left = self.size // self.pgsize
+        self.lock = threading.Lock()
+        self.words = <uint64_t *> calloc((self.npages + 63) // 64, 8)
+        if not self.words:
+            raise_errno(ENOMEM, "missing")
+        missing_unclaim(self.words, 0, self.npages)
+        self.uffd = missing_open()
+        if self.uffd < 0:
+            self.refuse(self.uffd)
+        err = missing_register(self.uffd, self.vaddr, self.size)
+        if err:
+            self.refuse(-EOPNOTSUPP if err == -EINVAL else err)
+
+    cdef int refuse(self, int err) except -1:
+        hint = "this memory is watched by somebody else"
+        if err in (-EOPNOTSUPP, -ENOSYS):
+            hint = "the kernel can't wait for pages of this memory (userfaultfd can, for anonymous memory and memfd)"
+        elif err == -EPERM:
+            hint = "userfaultfd is not for this user: sysctl vm.unprivileged_userfaultfd=1, or give access to /dev/userfaultfd"
+        return raise_errno(-err, "missing", None, self.size, hint)
+
+    def next(self, timeout=1.0):
+        """Return the numbers of pages that somebody waits for, after at most ``timeout`` seconds; an empty list if nobody."""
+        cdef uint64_t addresses[64]
+        cdef int n, wait = int(min(timeout, 3600) * 1000), fd = self.uffd
+        if fd < 0:
+            raise_errno(EBADF, "missing")
+        with nogil:
+            n = missing_next(fd, addresses, 64, wait)
+        if n < 0:
+            raise_errno(-n, "missing")
+        return sorted({(addresses[i] - self.vaddr) // self.pgsize for i in range(n)})
+
+    def is_missing(self, page):
+        """Whether a page was not placed yet."""
+        cdef uint64_t number = u64("missing", page)
+        return number < self.npages and bool(self.words[number // 64] >> (number % 64) & 1)
+
+    def missing(self, into):
+        """OR the pages that were not placed yet into u64 words."""
+        cdef Py_buffer view
+        cdef uint64_t i
+        take_bitmap(into, &view, self.npages)
+        with self.lock:
+            for i in range((self.npages + 63) // 64):
+                (<uint64_t *> view.buf)[i] |= self.words[i]
+        PyBuffer_Release(&view)
+
+    def place(self, runs, content=None):
+        """Place pages, and wake who waits for them.
+
+        Parameters
+        ----------
+        runs : (n, 2) uint64 array
+            First page and number of pages.
+        content : buffer, optional
+            Their bytes, one after another; zeros by default.
+
+        Raises
+        ------
+        ProtocolError
+            EPROTO: a run outside, or a page that was placed already.  Nothing was placed.
+        OverlapError
+            EEXIST: somebody else put something there.  Pages before it were placed.
+        """
+        cdef Py_buffer rows, data
+        cdef uint64_t total, done = 0, placed = 0, size
+        cdef uint64_t *run
+        cdef const char *at = NULL
+        cdef Py_ssize_t n, i = 0
+        cdef int err
+        if self.uffd < 0:
+            raise_errno(EBADF, "missing")
+        acquire_rows(runs, &rows, 2, &n, "missing")
+        try:
+            run = <uint64_t *> rows.buf
+            if content is not None:
+                PyObject_GetBuffer(content, &data, PyBUF_SIMPLE)
+                at = <const char *> data.buf
+            try:
+                with self.lock:
+                    err = missing_claim(self.words, self.npages, run, n, &total)
+                    if not err and at != NULL and total * self.pgsize != <uint64_t> data.len:
+                        for i in range(n):
+                            missing_unclaim(self.words, run[2 * i], run[2 * i + 1])
+                        raise_errno(EPROTO, "missing", None, data.len, f"the content is not that of {total} pages")
+                if err:
+                    raise_errno(-err, "missing", None, None, "a run outside, or a page that came before")
+                with nogil:
+                    for i in range(n):
+                        size = run[2 * i + 1] * self.pgsize
+                        err = missing_place(self.uffd, self.vaddr + run[2 * i] * self.pgsize, at, size, &placed)
+                        done += placed // self.pgsize
+                        if err:
+                            break
+                        if at != NULL:
+                            at += size
+                with self.lock:
+                    self.left -= done
+                    if err:
+                        placed //= self.pgsize
+                        missing_unclaim(self.words, run[2 * i] + placed, run[2 * i + 1] - placed)
+                        for j in range(i + 1, n):
+                            missing_unclaim(self.words, run[2 * j], run[2 * j + 1])
+                        raise_errno(-err, "missing", None, None, "somebody else put something there: memory must be fresh, "
+                                    "and touched through this mapping only" if err == -EEXIST else "")
+            finally:
+                if content is not None:
+                    PyBuffer_Release(&data)
+        finally:
+            PyBuffer_Release(&rows)
+
+    def close(self, abandon=False):
+        """Let the memory go; idempotent.
+
+        Raises
+        ------
+        BusyError
+            EBUSY: pages are left.  With ``abandon``, whoever waits for one finds zeros.
+        """
+        if self.uffd >= 0 and self.left and not abandon:
+            raise_errno(EBUSY, "missing", None, None, f"{self.left} pages are not there yet")
+        fd, self.uffd = self.uffd, -1
+        if fd >= 0:
+            missing_unregister(fd, self.vaddr, self.size)
+            os.close(fd)
+
+    def __dealloc__(self):
+        if self.uffd >= 0:
+            os.close(self.uffd)
+        free(self.words)

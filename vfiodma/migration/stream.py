@@ -69,6 +69,8 @@ class Kind(enum.IntEnum):
     JOINED = 20     #: answers JOIN
     PREPARED = 21   #: answers PREPARE
     ABORTED = 22    #: answers ABORT
+    MISSING = 23    #: post-copy: pages of a block that the destination lacks; without runs: that was all
+    WANTED = 24     #: post-copy: pages that somebody waits for
     ERROR = 31      #: the destination gives this connection up: errno, and words in UTF-8
 
 
@@ -93,6 +95,8 @@ LIMITS = {
     Kind.JOINED: 0,
     Kind.PREPARED: 0,
     Kind.ABORTED: 0,
+    Kind.MISSING: MAX_RUNS * RUN_SIZE,
+    Kind.WANTED: MAX_RUNS * RUN_SIZE,
     Kind.ERROR: 4096,
 }
 
@@ -247,7 +251,7 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
         raise damaged(f"a body of {length} bytes is too long for {kind.name} (limit {LIMITS[kind]})")
     if nruns > MAX_RUNS or nruns * RUN_SIZE > length:
         raise damaged(f"{nruns} runs do not fit into the frame")
-    if kind not in (Kind.PAGES, Kind.ZEROS) and (nruns or block):
+    if kind not in (Kind.PAGES, Kind.ZEROS, Kind.MISSING, Kind.WANTED) and (nruns or block):
         raise damaged(f"{kind.name} has no runs and no block")
     if flags & ~_FLAGS.get(kind, 0):
         raise damaged(f"unknown flags {flags:#x} in {kind.name}")
