@@ -12,6 +12,7 @@ from .dma_writer_migration import DmaWriterMigration
 
 _TICK = 0.005               # seconds between batches
 _MAX_ROWS = 1024            # of a batch
+_SLICE_ROWS = 128           # that are written between two looks at the order to stop
 _PAGE = 4096
 _STEP = 512                 # blocks begin at multiples of this
 _ZERO_EVERY = 8             # one block of so many is zeros, a whole page
@@ -210,5 +211,8 @@ class DmaWriter:
             if count <= 0:
                 continue
             done += owed
-            self.faulted += port.write_many(*make(self.writes, count))
-            self.writes += count
+            while count > 0 and not self._stop.is_set():        # a stop waits for one slice, not for the batch
+                part = min(count, _SLICE_ROWS)
+                self.faulted += port.write_many(*make(self.writes, part))
+                self.writes += part
+                count -= part

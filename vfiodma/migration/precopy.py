@@ -138,7 +138,7 @@ class PrecopySource:
         self.convergence = Convergence(policy or Policy(downtime_limit, max_rounds))
         self._throttle, self._throttled = throttle or (lambda _: None), 0.0
         self._devices: DeviceStates | None = None      # while they save their states
-        self._began = 0.0
+        self._began = self._harvested_at = self._paused = 0.0
         self._hello = self._earlier()
         self.handover = self._taking(self._hello) if self._hello else SourceHandover(Journal(), "")
         self.ledger: Ledger | None = None
@@ -208,6 +208,7 @@ class PrecopySource:
         try:
             with self._failing("migrate"):
                 tracker.start()
+            self._harvested_at = time.perf_counter()
             for block in layout.blocks if not self._shares else ():
                 self.ledger.pending.set(block.first_bit, block.npages)
             while True:
@@ -415,9 +416,9 @@ class PrecopySource:
             for name, chunk in self._devices.chunks() if tracker else self._devices.final_chunks():
                 self.limit.spend(len(chunk), self._check_cancel)
                 self._channel.send(Kind.STATE, stream.encode_state_name(name), chunk, epoch=epoch)
-        state = time.perf_counter()
+        state, of_states, paused = time.perf_counter(), self._sent(), self._paused
         totals = self._sender.send(self.ledger.take(), epoch)
-        sent = time.perf_counter()
+        sent, page_bytes, paused = time.perf_counter(), self._sent() - of_states, self._paused - paused
         self._state_at, self._sent_at = state, sent
         self._channel.send(Kind.END, stream.encode_totals(totals), epoch=epoch, flags=0 if tracker else stream.FINAL)
         if stream.decode_totals(self._channel.answer(Kind.ACK, epoch=epoch)[1]) != totals:
@@ -431,8 +432,9 @@ class PrecopySource:
         dirty = self.ledger.pending.count()
         if tracker is not None:
             harvested = time.perf_counter()
+            interval, self._harvested_at = harvested - self._harvested_at, harvested
             self.convergence.observe(Sample(
-                nbytes, sent - state, dirty * layout.pgsize, harvested - began, totals.pages * layout.pgsize,
+                page_bytes, sent - state - paused, dirty * layout.pgsize, interval, totals.pages * layout.pgsize,
                 totals.zero_pages * layout.pgsize, acked - sent, harvested - acked))
         return Round(epoch, totals.pages, totals.zero_pages, nbytes, seconds, dirty, nbytes / seconds, None,
                      final=tracker is None)
@@ -444,8 +446,10 @@ class PrecopySource:
     def _check(self) -> None:
         """Wait while paused, showing life to the destination; MigrationError (ECANCELED) when cancelled."""
         if self._is_paused():
+            began = time.perf_counter()
             while not self._running.wait(_KEEPALIVE):
                 self._channel.send(Kind.KEEPALIVE)
+            self._paused += time.perf_counter() - began
         self._check_cancel()
 
     def _is_paused(self) -> bool:
