@@ -77,6 +77,13 @@ def waits(pids: list[int]) -> dict[Path, float]:
     return found
 
 
+def pressure() -> float:
+    """Return the share of the last 10 seconds in which something on this machine waited for a CPU; 0 if unknown."""
+    with contextlib.suppress(OSError):
+        return float(Path("/proc/pressure/cpu").read_text().split("avg10=")[1].split()[0]) / 100
+    return 0.0
+
+
 class Guest:
     """Memory, devices that write into it, and a destination process that takes it again and again."""
 
@@ -138,7 +145,8 @@ class Guest:
         return {"downtime": result.downtime, "predicted": result.predicted_downtime, "band": result.band,
                 "parts": asdict(result.breakdown), "rounds": len(result.rounds), "bytes": last.bytes,
                 "final_pages": last.pages + last.zero_pages, "seconds": result.seconds, "converged": result.converged,
-                "rate": wrote[0] * self.writers.devices[0].block / wrote[1], "waited": delay}
+                "rate": wrote[0] * self.writers.devices[0].block / wrote[1], "waited": delay,
+                "pressure": pressure()}
 
 
 def spread(values: list[float]) -> list[float]:
@@ -172,6 +180,7 @@ def summarize(runs: list[dict[str, Any]], limit: float) -> dict[str, Any]:
             "final_pages": statistics.median(run["final_pages"] for run in runs),
             "seconds": statistics.median(run["seconds"] for run in runs),
             "gb_s_written": statistics.median(run["rate"] for run in runs) / 1e9,
+            "cpu_pressure": statistics.median(run["pressure"] for run in runs),
             "misses": [why(run, usual) for run in runs if run["downtime"] > limit]}
 
 
