@@ -14,6 +14,7 @@ from ..migration import PageReceiver, PrecopySource, SocketTransport
 from ..migration.layout import MemoryLayout
 
 _CHUNK = 1 << 20
+_TIMEOUT = 30.0
 
 
 def populated(memory: GuestMemory) -> GuestMemory:
@@ -66,17 +67,32 @@ class StandingStill:
         return {}
 
 
-def stream(memory: GuestMemory, target: GuestMemory, checksum: str) -> float:
+def stream(memory: GuestMemory, target: GuestMemory, checksum: str, channels: int = 1) -> float:
     """Return the seconds of a whole migration into memory that is in the destination's page tables."""
-    def receive(sock: socket.socket) -> None:
-        with PageReceiver(SocketTransport(sock), lambda hello: populated(target), checksum=checksum) as receiver:
-            receiver.receive()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")                   # Linux: the kernel finds a name, which is no file
+        listener.listen(channels)
+        listener.settimeout(_TIMEOUT)
 
-    with in_child(receive) as sock, MemoryLayout(memory, 4096) as layout:
-        source = PrecopySource(SocketTransport(sock), checksum=checksum)
-        source.introduce(memory)
-        still = StandingStill()
-        return source.migrate(layout, still, still).seconds
+        def accept(seconds: float) -> SocketTransport:
+            return SocketTransport(listener.accept()[0])
+
+        def connect() -> SocketTransport:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(listener.getsockname())
+            return SocketTransport(sock)
+
+        def receive(sock: socket.socket) -> None:
+            with PageReceiver(SocketTransport(sock), lambda hello: populated(target), checksum=checksum,
+                              accept=accept if channels > 1 else None) as receiver:
+                receiver.receive()
+
+        with in_child(receive) as sock, MemoryLayout(memory, 4096) as layout, PrecopySource(
+                SocketTransport(sock), checksum=checksum, channels=channels,
+                connect=connect if channels > 1 else None) as source:
+            source.introduce(memory)
+            still = StandingStill()
+            return source.migrate(layout, still, still).seconds
 
 
 def plain(memory: GuestMemory, target: GuestMemory, send: Callable[[socket.socket, Any], object],
