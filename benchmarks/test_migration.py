@@ -66,9 +66,9 @@ def memories():
         yield memory, target
 
 
-@pytest.mark.parametrize("checksum, limit", [("none", 0.85), ("xxh3", 0.51), ("crc32", 0.2)])
+@pytest.mark.parametrize("checksum, limit", [("none", 0.85), ("xxh3", 0.6), ("crc32", 0.2)])
 def test_whole_memory_over_a_unix_socket_destination_prefaulted(benchmark, memories, peer, checksum, limit):
-    """The limit of xxh3 is 60 % of that without checksums."""
+    """Limits are shares of the peer's speed."""
     if checksum == "xxh3":
         pytest.importorskip("xxhash")
     memory, target = memories
