@@ -67,7 +67,8 @@ def bench(
     else:
         for part in everything(size, turns):
             name, own, other, peer, ratio, middle, wanted = row(part)
-            print(f"{name:<27} {own:>10}  {ratio:>7} ({middle}{wanted and f'; wanted {wanted}'})  {peer}: {other}", flush=True)
+            print(f"{name:<27} {own:>10}  {ratio:>7} ({middle}{wanted and f'; wanted {wanted}'})  {peer}: {other}",
+                  flush=True)
     print("ratio: how many times faster, the median of turns; below 1 = that share of the peer's speed\n"
           "migrations are timed by the wall clock, all else by the CPU of its thread")
 
