@@ -25,7 +25,7 @@ def main(fd: int, size: int) -> dict[str, Any]:
         stack.callback(transport.close)
         here = Destination(size)
         stack.callback(here.close)
-        receiver = PageReceiver(transport, here.make_memory, fresh=True, prefault=False, on_state=here.take_state,
+        receiver = PageReceiver(transport, here.make_memory, fresh=True, on_state=here.take_state,
                                 on_prepare=here.prepare, on_switch=here.get_ready)
         stack.enter_context(receiver)
         receiver.receive()

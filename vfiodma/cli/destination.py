@@ -1,6 +1,5 @@
 """The destination of a guest as cli/guest.py makes it: memory, address space and devices as they come into being."""
 import contextlib
-import ctypes
 import errno
 import json
 import threading
@@ -19,8 +18,6 @@ from ..migration import DirtyTracker, PageReceiver
 from ..migration.stream import Hello, damaged
 from .guest import Writers
 
-_MADV_POPULATE_WRITE = 23
-_PORTION = 64 << 20
 _RUN_FOR = 0.25             # seconds that the devices run on
 
 
@@ -69,37 +66,24 @@ class Destination:
 
     def __init__(self, size: int, *, at_most: bool = False) -> None:
         self._size, self._at_most = size, at_most
-        self._stop = threading.Event()
         self._states: dict[str, bytes] = {}
-        self._populating: Background | None = None
         self._mapping: Background | None = None
         self._parts = contextlib.ExitStack()
         self.writers = Writers([])
 
     def make_memory(self, hello: Hello) -> GuestMemory:
-        """Get memory, and let it be populated in the background: the first touch is what takes longest."""
+        """Get memory."""
         size = hello.blocks[0][1]
         fits = size == self._size or (self._at_most and size < self._size)
         if hello.blocks != ((0, size),) or not fits:
             raise error(errno.EINVAL, "make_memory", hint=f"{self._size} bytes at 0 {'at most ' * self._at_most}were "
                         "announced on the command line")
         self.memory = self._parts.enter_context(GuestMemory.memfd(size, "vfiodma-guest"))
-        self._populating = Background(self._populate)
         return self.memory
 
     def take_memory(self, memory: GuestMemory) -> None:
         """Take over the source's own memory."""
         self.memory = self._parts.enter_context(memory)
-        self._populating = Background(lambda: None)
-
-    def _populate(self) -> None:
-        libc, region = ctypes.CDLL(None), self.memory.region
-        for at in range(0, region.size, _PORTION):
-            # Fails before Linux 5.14: then pages are populated when they come.
-            if self._stop.is_set() or libc.madvise(ctypes.c_void_p(region.vaddr + at),
-                                                   ctypes.c_size_t(min(_PORTION, region.size - at)),
-                                                   _MADV_POPULATE_WRITE):
-                return
 
     def take_state(self, name: str, data: bytes) -> None:
         """Keep a state; with that of the address space, map in the background."""
@@ -110,8 +94,6 @@ class Destination:
 
     def _map(self, data: bytes) -> None:
         """Put devices on the memory, at the addresses they know."""
-        assert self._populating is not None
-        self._populating.finish()
         with understanding("the address space"):
             plan = json.loads(data)
             self.writers = Writers([DmaWriter(address) for address in plan["devices"]])
@@ -137,10 +119,8 @@ class Destination:
 
     def close(self) -> None:
         """Let everything go."""
-        self._stop.set()
-        for thread in (self._populating, self._mapping):
-            if thread is not None:
-                thread.join()
+        if self._mapping is not None:
+            self._mapping.join()
         self._parts.close()
 
     def run_on(self, receiver: PageReceiver, seconds: float = _RUN_FOR) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def serve(
         transport = stack.enter_context(contextlib.closing(listener.accept(wait)))
         status.update(stage="receiving")
         receiver = stack.enter_context(PageReceiver(
-            transport, here.make_memory, fresh=True, prefault=False, accept=listener.accept, channels=channels,
+            transport, here.make_memory, fresh=True, accept=listener.accept, channels=channels,
             checksum=checksum,
             compression=compression, journal=None if journal is None else Journal(journal),
             on_state=here.take_state, on_prepare=here.prepare, on_switch=here.get_ready,
