@@ -281,3 +281,13 @@ def test_a_file_that_is_no_journal_is_refused(tmp_path):
         (tmp_path / "journal").write_text(content)
         with pytest.raises(VfioError, match="no record of a migration"):
             Journal(tmp_path / "journal")
+
+
+def test_a_record_of_the_other_side_is_refused_and_stays(tmp_path):
+    journal = Journal(tmp_path / "journal")
+    source = SourceHandover(journal, STREAM, hello="00")
+    source.stop()
+    source.commit()
+    with pytest.raises(VfioError, match="no record of a destination"):
+        DestinationHandover(Journal(journal.path))
+    assert Journal(journal.path).read()["state"] == "committing"

@@ -6,11 +6,13 @@ import socket
 import pytest
 from migration_doubles import PGSIZE, LogTracker, Machine, Peer, guest
 
-from vfiodma.errors import InvalidArgumentError, MigrationError
+from vfiodma.errors import HandoverError, InvalidArgumentError, MigrationError, VfioError
 from vfiodma.migration import PrecopySource
 from vfiodma.migration.convergence import Forecast, Policy
 from vfiodma.migration.events import Broken, Progress, Resumed, Round, Stage, Throttled, summary
+from vfiodma.migration.handover import Journal
 from vfiodma.migration.layout import MemoryLayout
+from vfiodma.migration.stream import Hello, encode_hello
 
 CONTENT = [b"\x5a" * (64 << 10)]
 
@@ -127,3 +129,62 @@ def test_a_source_migrates_once_and_what_was_introduced():
             source.migrate(layout, tracker, machine)
         with pytest.raises(InvalidArgumentError, match="no doubt"):
             source.settle()
+
+
+@pytest.mark.parametrize("stage", ["moved", "release"])
+def test_an_event_that_raises_when_all_is_there_keeps_the_guest(stage):
+    with session() as (source, layout, tracker, machine, _):
+        def on_event(event):
+            if isinstance(event, Stage) and event.name == stage:
+                raise KeyError(stage)
+
+        source._on_event = on_event
+        with pytest.raises(KeyError):
+            source.migrate(layout, tracker, machine)
+            source.release()
+        assert machine.calls == ["stop", "state", "resume"] and source.handover.may_run
+
+
+def test_a_tracker_that_does_not_stop_keeps_the_guest():
+    class Stuck(LogTracker):
+        def stop(self):
+            raise VfioError(errno.EIO, operation="stop_dirty")
+
+    with session(Stuck) as (source, layout, tracker, machine, _):
+        with pytest.raises(VfioError, match="stop_dirty"):
+            source.migrate(layout, tracker, machine)
+        assert machine.calls == ["stop", "state", "resume"] and source.handover.may_run
+
+
+def test_the_guest_does_not_wait_for_a_destination_that_is_told_to_give_it_up():
+    with session() as (source, layout, tracker, machine, _):
+        source.migrate(layout, tracker, machine)
+        told = []
+        source._tell_abort = lambda: told.append(list(machine.calls))
+        source.abort()
+        assert told == [["stop", "state", "resume"]]
+
+
+def test_a_cancel_after_the_guest_was_given_does_not_hurry_the_questions():
+    attempts = []
+
+    def connect():
+        attempts.append(1)
+        raise MigrationError(errno.ECONNREFUSED, operation="connect")
+
+    with session(connect=connect, reconnect_timeout=0.3) as (source, layout, tracker, machine, _):
+        source.migrate(layout, tracker, machine)
+        source.cancel()
+        source._channel.close()
+        with pytest.raises(HandoverError):
+            source.release()
+    assert 0 < len(attempts) < 6
+
+
+def test_a_journal_that_makes_no_sense_is_refused(tmp_path):
+    hello = encode_hello(Hello(PGSIZE, bytes(16), ((0, 4096),))).hex()
+    for record in ({"hello": hello, "stream": "00" * 16, "state": "none"}, {"hello": hello}, {"state": "given"}):
+        journal = Journal(tmp_path / "journal")
+        journal.write(**record)
+        with pytest.raises(VfioError, match="no record of a source"):
+            PrecopySource(None, journal=journal)

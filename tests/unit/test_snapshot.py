@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.migration_doubles import LogTracker
+from tests.migration_doubles import LogTracker, Machine
 from vfiodma import DirtyBitmap, GuestMemory
 from vfiodma.errors import InvalidArgumentError, SnapshotError
 from vfiodma.migration.layout import MemoryLayout
@@ -209,3 +209,28 @@ def test_a_live_snapshot_that_fails_lets_the_devices_run_on(tmp_path, memory):
         with pytest.raises(SnapshotError):
             save_live(layout, tmp_path / "guest", tracker, machine)
         assert machine.running and tracker.stopped == 1 and not os.listdir(tmp_path)
+
+
+def test_a_live_snapshot_without_a_round_before_the_stop_has_all_memory(tmp_path, memory):
+    memory.write(0, b"content")
+    with MemoryLayout(memory, PAGE) as layout:
+        save_live(layout, tmp_path / "guest", LogTracker(layout), Machine({"device": b"state"}), max_rounds=0)
+        assert loaded(tmp_path / "guest") == (content(memory), {"device": b"state"})
+
+
+def test_what_lies_in_the_way_of_the_new_file_is_not_written_through(tmp_path, memory, monkeypatch):
+    other, part = tmp_path / "other", tmp_path / "guest.part"
+    other.write_bytes(b"precious")
+    part.symlink_to(other)
+    with pytest.raises(SnapshotError) as caught:
+        save(memory, tmp_path / "guest")
+    assert caught.value.errno == errno.ELOOP and other.read_bytes() == b"precious"
+    part.unlink()
+    part.touch()
+    with monkeypatch.context() as patch, pytest.raises(SnapshotError, match="another user's") as caught:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        save(memory, tmp_path / "guest")
+    assert caught.value.errno == errno.EPERM and part.exists()
+    part.chmod(0o666)           # left by a kill, say, and opened to all since
+    save(memory, tmp_path / "guest")
+    assert (tmp_path / "guest").stat().st_mode & 0o777 == 0o600

@@ -215,6 +215,23 @@ def test_descriptors_that_are_no_good_are_refused_and_stay_open():
         os.close(write)
 
 
+def test_closed_pipes_touch_no_file_that_got_their_numbers():
+    (there, write), (read, here) = os.pipe(), os.pipe()
+    transport = connect(f"fd:{read},{write}")
+    transport.close()
+    other = os.memfd_create("other")
+    try:
+        assert other in (read, write)
+        for call in (lambda: transport.send([b"frame"]), lambda: transport.receive_into(memoryview(bytearray(1)))):
+            with pytest.raises(MigrationError) as caught:
+                call()
+            assert caught.value.errno == errno.EBADF
+        assert os.fstat(other).st_size == 0
+    finally:
+        for fd in (other, there, here):
+            os.close(fd)
+
+
 @pytest.mark.parametrize("url", ["", "unix:", "fd:", "fd:-1", "fd:x", "tcp://", "tcp://host", "tcp://:1", "tcp://h:99999",
                                  "tcp://h:1/path", "tcp://u@h:1", "tcp://h:1?x=1", "http://h:1", "h:1", "tls://h",
                                  "unix:a\0b", "fd:1,", "fd:1,2,3", "fd:1,-2"])

@@ -284,3 +284,19 @@ def test_the_source_refuses_answers_of_another_kind_or_stream(target):
     answer = stream.encode_header(Header(Kind.READY, 0, 0, 0, 0, 0, len(body), zlib.crc32(body))) + body
     with pytest.raises(MigrationError, match="another stream"):
         PrecopySource(Replay(answer)).introduce(target, PGSIZE)
+
+
+def test_a_stream_does_not_go_on_with_pages_of_another_size(target):
+    hello = stream.Hello(PGSIZE, bytes(16), ((0, 4096),), token=bytes(16))
+
+    def greeting(hello):
+        body = stream.encode_hello(hello)
+        return stream.encode_header(Header(Kind.HELLO, 0, 0, 0, 0, 0, len(body), zlib.crc32(body))) + body
+
+    with guest([bytes(4096)]) as memory, contextlib.closing(
+            PageReceiver(Replay(greeting(hello)), lambda _: memory)) as receiver:
+        with pytest.raises(ProtocolError, match="ended too early"):
+            receiver.receive()
+        receiver.reconnect(Replay(greeting(hello._replace(resume=True, pgsize=2 * PGSIZE))))
+        with pytest.raises(ProtocolError, match="another stream"):
+            receiver.receive()

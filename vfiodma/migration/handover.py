@@ -159,8 +159,10 @@ class DestinationHandover:
         self._lock = threading.Lock()       # abort() may come from any thread
         record = journal.read()
         if record:
+            if record.get("phase") not in Phase.__members__:        # a source's, which must not be overwritten
+                raise error(errno.EBADMSG, "journal", hint=f"{journal.path} is no record of a destination")
             self.stream = str(record.get("stream"))
-            if record.get("phase") == Phase.OWNER.name:
+            if record["phase"] == Phase.OWNER.name:
                 self.phase = Phase.OWNER
             else:
                 self._write(Phase.ABORTED)

@@ -223,6 +223,11 @@ class PrecopySource:
                 except MigrationError as exc:
                     self._stay()
                     self._go_on(exc, result)
+            with self._failing("migrate"):
+                tracker.stop()
+            self._tell_throttle(0.0)
+            result.bytes, result.seconds = self._bytes + self._sent(), time.perf_counter() - began
+            self._on_event(Stage("moved"))
         except BaseException as exc:
             self.ledger.put_back()
             self._stay()
@@ -234,8 +239,6 @@ class PrecopySource:
         finally:
             tracker.stop()
             self._tell_throttle(0.0)
-        result.bytes, result.seconds = self._bytes + self._sent(), time.perf_counter() - began
-        self._on_event(Stage("moved"))
         return result
 
     def verify(self, layout: MemoryLayout) -> tuple[bytes, bytes]:
@@ -264,14 +267,14 @@ class PrecopySource:
             ECANCELED: the destination has given the guest up for good; the devices run on here.  ENOSPC, EIO, ...: the
             journal can't be written, the guest was not given; the devices run on here.
         """
-        self._on_event(Stage("release"))
-        with self._written("the guest runs on here"):
-            try:
+        try:
+            self._on_event(Stage("release"))
+            with self._written("the guest runs on here"):
                 self.handover.commit()
-            except OSError:
-                if self.handover.state is SourceState.STOPPED:
-                    self.abort()
-                raise
+        except BaseException:
+            if self.handover.state is SourceState.STOPPED:
+                self.abort()
+            raise
         try:
             with self._failing("release"):
                 self._say_run()
@@ -302,8 +305,8 @@ class PrecopySource:
         """Keep the guest after all, instead of ``release``: the devices run on here."""
         if self.handover.state is not SourceState.STOPPED:
             raise error(errno.EINVAL, "abort", hint=f"the guest is {self.handover.state.name} here")
-        self._tell_abort()
         self._stay()
+        self._tell_abort()
 
     def cancel(self) -> None:
         """End the migration at the next chunk: it raises MigrationError (ECANCELED), and the devices run on."""
@@ -502,6 +505,7 @@ class PrecopySource:
         if not record:
             return None
         try:
+            SourceState(record["state"])
             return stream.decode_hello(bytes.fromhex(record["hello"]))
         except (LookupError, TypeError, ValueError, VfioError):
             raise error(errno.EBADMSG, "journal", hint=f"{self._journal.path} is no record of a source") from None
@@ -548,7 +552,10 @@ class PrecopySource:
                 yield
             if time.monotonic() >= until:
                 raise failure
-            self._cancelled.wait(wait)
+            if self.handover.state is SourceState.RUNNING:
+                self._cancelled.wait(wait)
+            else:           # a cancel comes too late, and is no reason to hurry
+                time.sleep(wait)
             wait = min(wait * 2, _BACKOFF[1])
 
     def _go_on(self, failure: MigrationError, result: MigrationResult) -> None:

@@ -243,8 +243,8 @@ class PageReceiver:
             raise damaged("HELLO belongs to no epoch")
         checksum = stream.agree(hello.checksums, self._takes)
         if self._hello is not None:
-            if not hello.resume or hello.blocks != self._hello.blocks or not hmac.compare_digest(
-                    hello.stream_id + hello.token, self._hello.stream_id + self._hello.token):
+            if not hello.resume or (hello.pgsize, hello.blocks) != (self._hello.pgsize, self._hello.blocks) or not (
+                    hmac.compare_digest(hello.stream_id + hello.token, self._hello.stream_id + self._hello.token)):
                 raise damaged("another stream has begun here")
         elif not hello.resume and not self.handover.stream:
             if not hello.shares:

@@ -111,9 +111,9 @@ def save_live(layout: MemoryLayout, path: str | os.PathLike[str], tracker: Track
             writer.flush()
             try:
                 machine.stop()
-                last = dirty or DirtyBitmap(layout.nbits, layout.pgsize)
-                tracker.harvest(last)
-                writer.write(last)
+                if dirty is not None:       # else there was no round, and everything is still to be written
+                    tracker.harvest(dirty)
+                writer.write(dirty)
                 held = {**(states or {}), **machine.state()}
             finally:
                 machine.resume()

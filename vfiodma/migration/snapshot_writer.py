@@ -178,11 +178,17 @@ class SnapshotWriter:
     def _create(self) -> File:
         """A new file beside the old one: one process saves there at a time, and a file left by a kill is reused."""
         while True:
-            file = File(self.path + ".part", os.O_RDWR | os.O_CREAT)
+            # Neither through somebody's link to another file, nor into a file that somebody else can read.
+            file = File(self.path + ".part", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+            if os.fstat(file.fd).st_uid != os.geteuid():
+                file.close()
+                raise SnapshotError(errno.EPERM, operation="open", hint=f"{file.path} is another user's")
             try:
                 file.lock(fcntl.LOCK_EX)
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(file.fd), os.stat(file.path)):
+                        with file.failing("open"):
+                            os.fchmod(file.fd, 0o600)
                         file.resize(0)
                         return file
             except BaseException as exc:

@@ -64,6 +64,7 @@ class PipeTransport(PolledTransport):
     def close(self) -> None:
         """Close both descriptors; idempotent."""
         fds, self._blocking = self._blocking, {}
+        self._read_fd = self._write_fd = -1     # the numbers may be other files' from here on
         for fd, blocking in fds.items():
             with contextlib.suppress(OSError):
                 os.set_blocking(fd, blocking)
