@@ -123,7 +123,7 @@ def test_a_guest_moves_over_all_channels(channels, checksum, compression, monkey
         pytest.importorskip("zstandard")
         pytest.importorskip("lz4")
     monkeypatch.setattr("vfiodma.migration.sender._STAGE_BYTES", 4 * PGSIZE)
-    monkeypatch.setattr("vfiodma.migration.stream.CHUNK_BYTES", 64 * PGSIZE)
+    monkeypatch.setattr("vfiodma.migration.stream.DIRECT_BYTES", 64 * PGSIZE)
     content = [pages(304), pages(64, 8)]
     with no_threads_left(), guest(content) as memory, guest([b"\xee" * len(part) for part in content]) as target:
         writes = [(0, page, bytes([page % 251]) * PGSIZE) for page in range(3, 290, 7)]
@@ -137,7 +137,7 @@ def test_a_guest_moves_over_all_channels(channels, checksum, compression, monkey
 @pytest.mark.parametrize("checksum", ["auto", "none"])
 def test_pages_that_change_while_they_are_sent_arrive_as_they_were_at_the_end(checksum, monkeypatch):
     monkeypatch.setattr("vfiodma.migration.sender._STAGE_BYTES", 16 * PGSIZE)
-    monkeypatch.setattr("vfiodma.migration.stream.CHUNK_BYTES", 64 * PGSIZE)
+    monkeypatch.setattr("vfiodma.migration.stream.DIRECT_BYTES", 64 * PGSIZE)
     npages = 2048
     with no_threads_left(), guest([pages(npages)]) as memory, guest([b"\xee" * (npages * PGSIZE)]) as target:
         line, stopped = Line(), threading.Event()

@@ -82,7 +82,7 @@ def record(checksum, compression):
 def recorded(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vfiodma.migration.sender._STAGE_BYTES", PGSIZE)
-        patch.setattr("vfiodma.migration.stream.CHUNK_BYTES", PGSIZE)
+        patch.setattr("vfiodma.migration.stream.DIRECT_BYTES", PGSIZE)
         for _ in range(20):
             channels = record(*request.param)
             if all(Kind.PAGES in kinds(frames) for frames in channels):

@@ -5,8 +5,10 @@ from typing import Any
 
 from ..errors import MigrationError
 from .stream import (
+    CHUNK_BYTES,
     COMPRESSED,
     HEADER_SIZE,
+    MAX_RUNS,
     RUN_SIZE,
     Checksum,
     Header,
@@ -80,8 +82,10 @@ class FrameChannel:
         unsummed = self.checksum is Checksum.NONE and header.kind is Kind.PAGES
         summed = header.nruns * RUN_SIZE if unsummed else header.length
         length = summed if unsummed and not header.flags & COMPRESSED else header.length
+        if length > MAX_RUNS * RUN_SIZE + CHUNK_BYTES:
+            raise damaged(f"a body of {length} bytes, which would have to be kept")
         if length > len(self._body):
-            self._body = bytearray(length)      # bounded: decode_header() checked it
+            self._body = bytearray(length)
         body = memoryview(self._body)[:length]
         self.transport.receive_into(body)
         if body_sum(self.checksum, [body[:summed]]) != header.body_sum:

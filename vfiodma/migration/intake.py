@@ -59,7 +59,7 @@ class ChannelIntake:
         """
         if header.block >= len(self._boards):
             raise damaged(f"there is no block {header.block}")
-        most = stream.CHUNK_BYTES if header.kind is Kind.PAGES else stream.ZEROS_BYTES
+        most = stream.DIRECT_BYTES if header.kind is Kind.PAGES else stream.ZEROS_BYTES
         try:
             count = self._intake.admit(self._boards[header.block], body, header.nruns, self.attempt,
                                        most // self._pgsize)

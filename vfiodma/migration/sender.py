@@ -166,7 +166,7 @@ class _ChannelSender:
         self._note_sent = note_sent
         self._codec = Codec(compression) if compression else None
         self._direct = channel.checksum is Checksum.NONE and note_sent is None and not compression
-        size = stream.CHUNK_BYTES if self._direct else max(_STAGE_BYTES, self._pgsize)
+        size = stream.DIRECT_BYTES if self._direct else max(_STAGE_BYTES, self._pgsize)
         self.chunk = size // self._pgsize
         self._stage: Any = None if self._direct else np.empty(size, np.uint8)
         self._zeros = bytes(size) if note_sent else b""

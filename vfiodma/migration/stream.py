@@ -22,6 +22,8 @@ MAGIC = b"VDMA"
 VERSION = 3
 #: Content of one frame, at most; bounds the buffers of both sides.
 CHUNK_BYTES = 16 << 20
+#: The same where it goes straight into memory, without a buffer: no checksum, no compression.
+DIRECT_BYTES = 64 << 20
 #: Memory that a frame of zero pages stands for, at most.
 ZEROS_BYTES = 64 << 20
 MAX_RUNS = 1 << 16
@@ -78,7 +80,7 @@ class Kind(enum.IntEnum):
 LIMITS = {
     Kind.HELLO: _HELLO.size + MAX_BLOCKS * _BLOCK.size,
     Kind.STATE: 16 << 20,
-    Kind.PAGES: MAX_RUNS * RUN_SIZE + CHUNK_BYTES,
+    Kind.PAGES: MAX_RUNS * RUN_SIZE + DIRECT_BYTES,
     Kind.ZEROS: MAX_RUNS * RUN_SIZE,
     Kind.END: _TOTALS.size,
     Kind.VERIFY: 0,
