@@ -67,7 +67,7 @@ def card():
     sizes = {0: 0x8000, 1: 2 * PAGE, 3: 0x4000, 6: 0x800, 7: 256, 9: 3 * PAGE, 10: 100}
     caps = {1: [sparse_capability(AREAS)], 9: [type_capability(0x80008086, 2), (77, 3, b"12345")],
             10: [type_capability(1, 1)]}
-    card = Card(regions=sizes, flags={1: 7, 3: 7, 6: 1, 9: 7, 10: 1}, msix_table=(3, 0x1000, 0x100), region_count=11,
+    card = Card(regions=sizes, flags={1: 7, 3: 7, 6: 1, 9: 7, 10: 3}, msix_table=(3, 0x1000, 0x100), region_count=11,
                 region_caps=lambda index: caps.get(index, ()))
     with opened(card) as device:
         yield device

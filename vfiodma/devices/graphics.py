@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..uapi import vfio as abi
+from .edid import Edid
 
 if TYPE_CHECKING:
     from .pci import VfioDevice
@@ -84,6 +85,10 @@ class Graphics:
                      None if hotspot == (0xFFFFFFFF, 0xFFFFFFFF) else hotspot,
                      values["region_index"] if access == PlaneAccess.REGION else None,
                      values["dmabuf_id"] if access == PlaneAccess.DMABUF else None)
+
+    def edid(self) -> Edid:
+        """Return the monitor's EDID region; ENODEV where the device has none."""
+        return Edid(self._device)
 
     def dmabuf(self, dmabuf_id: int) -> int:
         """Return a new descriptor of a plane's dma-buf; the caller closes it.

@@ -82,9 +82,20 @@ def _place(state: "DeviceState", offset: int, size: int, write: bool) -> tuple[i
             raise error(errno.EFAULT, "device_access", size=size, hint=f"the configuration space has {end} bytes")
     elif at >= end:
         raise error(errno.EINVAL, "device_access", size=size, hint=f"file offset {offset:#x} is in no region")
+    elif index >= _STANDARD and not _flags(state, index) & (_WRITE if write else _READ):
+        raise error(errno.EINVAL, "device_access", size=size,
+                    hint=f"region {index} can not be {'written' if write else 'read'}")
     elif index < _ROM and not _memory_enabled(state):
         raise error(errno.EIO, "device_access", size=size, hint="memory access is off in the command register")
     return index, at, min(size, end - at)
+
+
+def _sparse_areas(state: "DeviceState", index: int) -> list[tuple[int, int]] | None:
+    """Return (offset, size) of what can be mapped of a region, None where that is all of it."""
+    for number, _, data in state.device.region_caps(index) if hasattr(state.device, "region_caps") else ():
+        if number == abi.VFIO_REGION_INFO_CAP_SPARSE_MMAP:
+            return list(struct.iter_unpack("=QQ", data[8:]))
+    return None
 
 
 def _memory_enabled(state: "DeviceState") -> bool:
@@ -151,6 +162,9 @@ def mmap(state: "DeviceState", size: int, offset: int, prot: int) -> memoryview:
     length = -(-state.device.region_size(index) // _PAGE) * _PAGE
     if at + -(-size // _PAGE) * _PAGE > length:
         raise error(errno.EINVAL, "device_mmap", size=size, hint=f"region {index} has {length:#x} bytes")
+    areas = _sparse_areas(state, index)
+    if areas is not None and not any(start <= at and at + size <= start + length for start, length in areas):
+        raise error(errno.EINVAL, "device_mmap", size=size, hint=f"only areas of region {index} can be mapped: {areas}")
     device: Any = state.device
     view = memoryview(device.region_mmap(index, at, size)).cast("B")
     return view if prot & _PROT_WRITE else view.toreadonly()
