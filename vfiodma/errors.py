@@ -60,7 +60,7 @@ class IovaSpaceError(VfioError):
 
 
 class LockedMemoryError(VfioError, MemoryError):
-    """ENOMEM: over the limit of locked memory, or out of memory."""
+    """ENOMEM: over the limit of locked memory, or out of memory or address space."""
 
 
 class MemoryFaultError(VfioError):
@@ -76,7 +76,7 @@ class BusyError(VfioError):
 
 
 class NoDeviceError(VfioError):
-    """ENODEV, ENXIO: no such device, group or IOMMU type."""
+    """ENODEV, ENXIO, ENOENT of a node: no such device, group or IOMMU type."""
 
 
 class UnsupportedError(VfioError, NotImplementedError):

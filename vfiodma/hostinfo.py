@@ -78,6 +78,11 @@ class Group:
     reserved: tuple[tuple[int, int, str], ...]      #: (start, last, type)
 
     @property
+    def noiommu(self) -> bool:
+        """Whether no IOMMU stands between its devices and memory."""
+        return "noiommu-" in self.node.path
+
+    @property
     def viable(self) -> bool:
         """Whether no device of it is in a host driver's hands."""
         return not any(holds_group(d.driver) for d in self.devices)
@@ -205,8 +210,13 @@ def iommu_groups(root: Path | str = "/") -> tuple[Group, ...]:
     """
     root = Path(root)
     folder = root / "sys/kernel/iommu_groups"
+
+    def node(name: str) -> Node:
+        noiommu = _node(root, f"/dev/vfio/noiommu-{name}")
+        return noiommu if noiommu.exists else _node(root, f"/dev/vfio/{name}")
+
     return tuple(
-        Group(int(name), _node(root, f"/dev/vfio/{name}"),
+        Group(int(name), node(name),
               tuple(_device(folder / name / "devices" / entry) for entry in _names(folder / name / "devices")),
               tuple(_reserved(_text(folder / name / "reserved_regions") or "")))
         for name in _names(folder) if name.isdigit())
@@ -224,6 +234,8 @@ def device_location(address: str, root: Path | str = "/") -> DeviceLocation:
     -----
     Source: /sys/bus/pci/devices/<address>/{iommu_group,driver,vfio-dev}.
     """
+    if not isinstance(address, str):
+        raise TypeError(f"a PCI address is a str like '0000:00:10.0', not {type(address).__name__}")
     root = Path(root)
     place = root / "sys/bus/pci/devices" / address
     if "/" in address or not place.exists():

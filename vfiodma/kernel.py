@@ -6,7 +6,7 @@ from typing import Any
 
 from ._core.errno import error
 from ._core.kernel import Descriptor
-from .errors import VfioError
+from .errors import NoDeviceError, VfioError
 from .hostinfo import device_location, holds_group, is_vfio
 from .types import DeviceLocation, Prot
 
@@ -21,13 +21,16 @@ def _hint(path: str, code: int) -> str:
             return f"{path} is missing: modprobe {_MODULES[path]}"
         return f"{path} is missing: bind the group's devices to vfio-pci (driverctl set-override ADDRESS vfio-pci)"
     if code in (errno.EACCES, errno.EPERM):
-        return f"{path} is not for this user: chown it, or add a udev rule for it; a no-IOMMU group needs CAP_SYS_RAWIO"
+        return f"{path} is not for this user: chown it, or add a udev rule for it" + (
+            "; a no-IOMMU group needs CAP_SYS_RAWIO" if "noiommu" in path else "")
     if code == errno.EBUSY:
         return f"{path} is open already, in this process or another: a group has one user at a time"
     return path
 
 
 def _typed(exc: OSError, operation: str, hint: str = "") -> VfioError:
+    if exc.errno == errno.ENOENT:           # a node, not a mapping
+        return NoDeviceError(errno.ENOENT, operation=operation, hint=hint)
     return error(exc.errno or errno.EIO, operation, hint=hint)
 
 

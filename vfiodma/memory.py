@@ -219,6 +219,7 @@ class GuestMemory:
     def __init__(self) -> None:
         self._gpas: list[int] = []
         self._regions: list[MemoryRegion] = []
+        self._closed = False
 
     @classmethod
     def _of(cls, region: MemoryRegion) -> Self:
@@ -357,6 +358,7 @@ class GuestMemory:
     @property
     def region(self) -> MemoryRegion:
         """The only region of a memory that has just one."""
+        self._check_open("region")
         if len(self._regions) != 1:
             raise error(errno.EINVAL, "region", None, None, f"the memory has {len(self._regions)} regions, not one")
         return self._regions[0]
@@ -376,6 +378,7 @@ class GuestMemory:
         NotMappedError
             ENOENT: no region is there.
         """
+        self._check_open("find")
         at = bisect.bisect(self._gpas, gpa) - 1
         if at < 0 or gpa - self._gpas[at] >= self._regions[at].size:
             raise error(errno.ENOENT, "find", gpa, None, "no memory region at this guest address")
@@ -428,6 +431,11 @@ class GuestMemory:
         while self._regions:
             self._regions[-1].close()
             del self._regions[-1], self._gpas[-1]
+        self._closed = True
+
+    def _check_open(self, operation: str) -> None:
+        if self._closed and not self._regions:
+            raise error(errno.EBADF, operation, hint="the memory is closed")
 
     def __enter__(self) -> Self:
         return self

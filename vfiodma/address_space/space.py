@@ -67,6 +67,9 @@ class IoAddressSpace(Adoptable):
 
     def __init__(self, backend: Backend, *, close_backend: bool = False) -> None:
         self._unusable = "closed"               # until everything is there
+        if not hasattr(backend, "capabilities"):
+            raise TypeError(f"a backend is what open_backend() returns, not {type(backend).__name__}; "
+                            "open_address_space(name) opens both")
         capabilities = backend.capabilities()
         self.backend: Any = backend             # Any: optional features are asked for by name
         self._close_backend = close_backend

@@ -262,6 +262,8 @@ class Type1Container(Type1Ioctls):
         NoDeviceError
             ENODEV: the device is in no group of this container.
         """
+        if self.fd < 0:
+            raise error(errno.EBADF, "group_get_device_fd", hint="the container is closed")
         name = ctypes.create_string_buffer(address.encode())
         groups = [self._members[address]] if address in self._members else list(self._groups.values())
         for group in groups:

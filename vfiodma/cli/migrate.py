@@ -62,7 +62,7 @@ class JsonLines(Silent):
 
 
 class Status:
-    """What is known of a migration, for ``status``."""
+    """What is known of a migration, for ``status."""
 
     def __init__(self, role: str, url: str) -> None:
         self._lock = threading.Lock()
@@ -116,7 +116,7 @@ def send(
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE.png", help="Draw the convergence.")] = None,
 ) -> None:
-    """Move a guest, whose devices write on, to ``vfiodma migrate serve``."""
+    """Move a guest, whose devices write on, to vfiodma migrate serve``."""
     workload = Workload(size, image, devices, write_rate, check_working_set(working_set, size),
                         secrets.randbelow(1 << 32) if seed is None else seed)
     stream.offer(checksum)              # said before the work, not after it
@@ -182,7 +182,7 @@ def serve(
     ca: Ca = None, certificate: Cert = None, key: Key = None, insecure: Insecure = False, timeout: Timeout = 30.0,
     as_json: Json = False,
 ) -> None:
-    """Take one guest that ``vfiodma migrate send`` moves here, and let its devices go on."""
+    """Take one guest that vfiodma migrate send moves here, and let its devices go on."""
     status = Status("destination", url)
     size = most or max(psutil.virtual_memory().available * 3 // 4 - _HEADROOM, 1 << 20)
     with contextlib.ExitStack() as stack:

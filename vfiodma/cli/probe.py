@@ -53,6 +53,10 @@ def _groups(host: HostInfo) -> list[Finding]:
     for group in host.groups:
         devices = ", ".join(f"{d.address}{f' [{d.ids}]' if d.ids else ''} ({d.driver or 'no driver'})"
                             for d in group.devices)
+        if group.noiommu:
+            findings.append(Finding(f"group {group.number}", None, f"{devices}: no IOMMU",
+                                    "nothing can be mapped for it; Type1Container(..., noiommu=True) opens it"))
+            continue
         ready = group.node.exists and group.viable
         advice = ""
         if not ready:

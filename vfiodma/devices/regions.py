@@ -127,6 +127,8 @@ class Region:
     def _place(self, operation: str, offset: int, size: int, needed: int) -> int:
         """Check an access; return its place in the device's file."""
         info = self.info
+        if not isinstance(offset, int):
+            raise TypeError(f"an offset is an int, not {type(offset).__name__}")
         if offset < 0 or size < 0 or offset + size > info.size:
             raise error(errno.EINVAL, operation, size=size,
                         hint=f"offset {offset:#x} is outside of {self.name}, which has {info.size:#x} bytes")

@@ -66,6 +66,8 @@ class SoftwareContainer:
 
     def open_device_fd(self, address):
         """Open a device of the container once more; the caller closes the descriptor with ``system.close``."""
+        if not self._fds:
+            raise error(errno.EBADF, "group_get_device_fd", hint="the container is closed")
         with self.system._lock:
             for group in self._groups:
                 if any(device.address == address for device in group.config.devices):

@@ -55,6 +55,9 @@ class SoftwareGroup:
                 raise ValueError("pgsizes is a bitmap of page sizes")
         if noiommu and emulated:
             raise ValueError("a mediated device needs no IOMMU of its own: emulated or noiommu, not both")
+        for device in devices:
+            if not hasattr(device, "address") and not isinstance(device, str):
+                raise TypeError(f"a device is a PCI address or a SoftwareDevice, not {type(device).__name__}")
         self.number = number
         self.devices = [PlainDevice(device) if isinstance(device, str) else device for device in devices]
         self.aperture = tuple(aperture)

@@ -54,7 +54,7 @@ def _check_open(address: str, insecure: bool) -> None:
     if not insecure and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         raise MigrationError(errno.EPERM, operation="transport",
                              hint=f"guest memory would travel in the clear to or from {address}: use tls://, or "
-                                  "insecure=True")
+                                  "insecure=True (--insecure)")
 
 
 def _addresses(url: _Url, insecure: bool, flags: int = 0) -> list[tuple[socket.AddressFamily, Any]]:
@@ -138,7 +138,7 @@ def connect(url: str, *, timeout: float = 30.0, tls: TlsFiles | None = None,
             return TlsTransport(sock, tls, tls.server_name or where.host, timeout)
         return SocketTransport(sock, timeout)
     assert failure is not None
-    raise _failed(failure, f"can't connect to {url}: {failure.strerror or failure}") from None
+    raise _failed(failure, f"can't connect to {url}: is the destination listening there?") from None
 
 
 def _adopt(fd: int, timeout: float, insecure: bool) -> socket.socket:
