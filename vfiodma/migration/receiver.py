@@ -105,6 +105,7 @@ class PageReceiver:
         self.handover = DestinationHandover(journal or Journal())
         self.layout: MemoryLayout | None = None
         self.epoch = self._attempt = 0
+        self._touched = False       # pages have come
         self.digest = b""
         self.reconnect(transport)
 
@@ -220,6 +221,9 @@ class PageReceiver:
     def close(self) -> None:
         """Let the memory go, and close further channels; idempotent."""
         close_channels(self._further)
+        self._release()
+
+    def _release(self) -> None:
         if self._prefault is not None:
             self._prefault.stop()
         for board in self._boards:
@@ -242,6 +246,8 @@ class PageReceiver:
         if header.epoch:
             raise damaged("HELLO belongs to no epoch")
         checksum = stream.agree(hello.checksums, self._takes)
+        if self._hello is not None and not hello.resume and not self._touched:
+            self._forget()      # of that stream no page has come
         if self._hello is not None:
             if not hello.resume or (hello.pgsize, hello.blocks) != (self._hello.pgsize, self._hello.blocks) or not (
                     hmac.compare_digest(hello.stream_id + hello.token, self._hello.stream_id + self._hello.token)):
@@ -267,6 +273,14 @@ class PageReceiver:
         self._intakes = [ChannelIntake(channel, self._boards, hello.pgsize, ready.compression)
                          for channel in (self._channel, *self._further)]
         self._greeted = True
+
+    def _forget(self) -> None:
+        """Take another stream instead of the one that had begun."""
+        self._release()
+        if self._devices is not None:
+            self._devices.abort()
+        self._hello, self.layout, self._boards, self._prefault = None, None, [], None
+        self.handover.stream = ""
 
     def _begin(self, hello: Hello) -> None:
         if hello.shares:
@@ -319,7 +333,10 @@ class PageReceiver:
                     self._intakes[0].take(header, body)
 
         self.handover.receive()
-        self._totals = take_epoch(self._intakes, self.epoch, self._attempt - 1, control)
+        try:
+            self._totals = take_epoch(self._intakes, self.epoch, self._attempt - 1, control)
+        finally:
+            self._touched = self._touched or shared or any(intake.totals.frames for intake in self._intakes)
         if not self.epoch and not shared and self._totals.pages + self._totals.zero_pages != layout.npages:
             raise damaged("the first epoch did not bring all memory")
         return final
