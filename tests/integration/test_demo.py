@@ -110,7 +110,8 @@ def test_an_empty_image_is_an_error(tmp_path):
     assert "has no bytes to fill memory with" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"devices": 3}', b'{"devices": [], "mappings": [[1]]}'])
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"devices": 3}', b'{"devices": [], "mappings": [[1]]}',
+                                  pytest.param(b"[" * 100_000, id="deep")])
 def test_an_address_space_that_makes_no_sense_is_a_protocol_error(data):
     destination = Destination(1 << 20)
     with contextlib.closing(destination):

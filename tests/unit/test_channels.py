@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from migration_doubles import PGSIZE, Hooked, LogTracker, Machine, content_of, each_round, guest
 
 from vfiodma._core.bitmap import DirtyBitmap
-from vfiodma.errors import InvalidArgumentError, MigrationError, ProtocolError
+from vfiodma.errors import InvalidArgumentError, MigrationError, ProtocolError, VfioError
 from vfiodma.migration import PageReceiver, PrecopySource, SocketTransport, stream
 from vfiodma.migration.channel import FrameChannel
 from vfiodma.migration.joining import accept_channels, connect_channels
@@ -432,3 +432,15 @@ def test_channels_that_do_not_come_or_are_refused_are_an_error_in_time():
             PrecopySource(None, channels=bad, connect=line.connect)
     with pytest.raises(InvalidArgumentError):
         PrecopySource(None, channels=2)
+
+
+def test_without_threads_left_it_is_a_typed_error():
+    gave_up = []
+    with pytest.MonkeyPatch.context() as patch:
+        def none_left(_):
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(VfioError, match="a thread for each channel") as caught:
+            together([lambda: None, lambda: None], gave_up.append)
+    assert caught.value.errno == errno.EAGAIN and gave_up == [caught.value]

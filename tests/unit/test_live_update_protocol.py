@@ -403,6 +403,17 @@ def test_an_offer_that_is_none_is_refused_and_the_old_process_hears_why(ends, bo
             link.receive(Kind.READY)
 
 
+@pytest.mark.parametrize("backend", ["software", "spapr", "none"])
+def test_a_container_that_nobody_can_adopt_is_refused_and_closed(ends, backend):
+    with regions() as memory, contextlib.closing(SharedContainer()) as container:
+        table = tables.sealed_memfd(sound_table(), "table")
+        offer_by_hand(ends[0], {**GOOD, "backend": backend}, [table, *(region.fd for region in memory.regions),
+                                                              container.fd])
+        os.close(table)
+        with pytest.raises(ProtocolError, match="can't be adopted"):
+            UpdateTaker(ends[1], timeout=1).take_over()
+
+
 def test_memory_that_is_not_what_the_table_says_is_refused(ends):
     table = tables.sealed_memfd(sound_table(), "table")
     with contextlib.closing(SharedContainer()) as container, GuestMemory.memfd(PAGE) as small:

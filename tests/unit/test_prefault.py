@@ -116,3 +116,18 @@ def test_populate_refuses_what_is_not_whole_pages_inside():
             populate(view, 0, 8192)
             with pytest.raises((DmaPermissionError, BufferError)):
                 populate(view.toreadonly(), 0, 4096)
+
+
+def test_without_a_thread_nothing_is_lost_but_time(monkeypatch):
+    def none_left(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    with GuestMemory.memfd(SIZE) as memory, MemoryLayout(memory, 4096) as layout:
+        boards = open_boards(layout, True)
+        work = Prefault(layout, boards)
+        assert work.failure.errno == errno.EAGAIN and work.populated == 0
+        work.join()
+        work.stop()
+        for board in boards:
+            board.release()

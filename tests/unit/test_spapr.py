@@ -189,6 +189,23 @@ def test_two_containers_share_a_region(raw, memory):
     assert r.call(UNREGISTER, argument, fd=fd) == 0 and r.vfio.locked_pages() == before
 
 
+def test_memory_that_another_container_registered_stays_while_it_is_mapped(memory):
+    chip = EduDevice("0000:00:10.0")
+    vfio = SoftwareVfio(groups=[SoftwareGroup(0, [chip]), SoftwareGroup(1, ["0000:00:11.0"])], platform="powernv",
+                        memlock_limit=None)
+    other = SpaprContainer(["0000:00:11.0"], system=vfio)
+    other.register_memory(memory, 4 * PAGE)
+    with SpaprContainer([chip.address], system=vfio) as container, VfioDevice.open(container, chip.address):
+        container.register_memory(memory + 8 * PAGE, PAGE)
+        container._registered[memory, 4 * PAGE] = False     # as the driver sees it: the process's
+        container.map_dma(0, memory, 4 * PAGE, READ | WRITE)
+        other.close()
+        port = vfio._groups[0].ports[chip.address]
+        port.write(PAGE, b"still there")
+        assert port.read(PAGE, 11) == b"still there" == ctypes.string_at(memory + PAGE, 11)
+        container.unmap_dma(0, 4 * PAGE)
+
+
 def test_windows_are_made_and_removed(raw, memory):
     r = raw()
     assert r.create(argsz=39) == r.create(flags=1) == "EINVAL"
@@ -344,3 +361,15 @@ def test_the_typed_container_undoes_what_fails_and_knows_its_mappings(memory):
     for wrong in ({"version": 3}, {"devices": []}, {"devices": ["0000:99:00.0"]}):
         with pytest.raises(VfioError):
             SpaprContainer(**{"devices": ["0000:00:10.0"], "system": vfio, **wrong})
+
+
+def test_memory_that_several_mappings_lead_to_is_registered_up_to_the_last(memory):
+    vfio = SoftwareVfio(groups=[SoftwareGroup(0, ["0000:00:10.0"])], platform="powernv", memlock_limit=None)
+    with SpaprContainer(["0000:00:10.0"], system=vfio) as container:
+        for iova in range(0, 3 * PAGE, PAGE):
+            container.map_dma(iova, memory, PAGE, READ)
+        registered = vfio.locked_pages()
+        for iova in (PAGE, 0):
+            assert container.unmap_dma(iova, PAGE) == PAGE and vfio.locked_pages() == registered
+        assert container.unmap_all() == PAGE and vfio.locked_pages() == registered - 1
+        container.map_dma(0, memory, 4 * PAGE, READ)        # nothing is left that would overlap

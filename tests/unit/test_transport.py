@@ -351,3 +351,23 @@ def test_a_descriptor_must_be_a_connected_stream_socket():
     assert caught.value.errno == errno.EBADF
     with pytest.raises(InvalidArgumentError, match="are connected already"):
         listen("fd:3")
+
+
+def test_without_descriptors_left_it_is_a_typed_error_and_nothing_is_left_open(tmp_path, monkeypatch):
+    def none_left(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    read, write = os.pipe()
+    with listen(f"unix:{tmp_path}/guest") as listener:
+        before = set(os.listdir("/proc/self/fd"))
+        for module, name, call in ((socket, "socket", lambda: connect(listener.url)),
+                                   (socket, "socket", lambda: listen(f"unix:{tmp_path}/other")),
+                                   (os, "eventfd", lambda: connect(f"fd:{read},{write}"))):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, none_left)
+                with pytest.raises(MigrationError) as caught:
+                    call()
+            assert caught.value.errno == errno.EMFILE
+        assert set(os.listdir("/proc/self/fd")) == before
+    os.close(read)
+    os.close(write)

@@ -5,6 +5,7 @@ and pinned before.  Loops over pages run without the GIL, under the lock of the 
 
 Source: the SPAPR TCE driver of VFIO and the IODA2 code of PowerNV.
 """
+cimport cython
 from libc.errno cimport EFAULT, EINVAL, ENOMEM, EPERM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -97,12 +98,15 @@ cdef struct window_t:
     tce_t *entries
 
 
+@cython.no_gc           # regions lead to nothing; __dealloc__ needs them
 cdef class TceTables:
     """The windows of a container and their translations.  Thread-safe."""
     cdef window_t windows[SLOTS]
     cdef pthread_rwlock_t lock
+    cdef set regions                    # TCEs lead to these, also when the container that registered them is closed
 
     def __cinit__(self):
+        self.regions = set()
         pthread_rwlock_init(&self.lock, NULL)
 
     def __dealloc__(self):
@@ -133,6 +137,15 @@ cdef class TceTables:
             pthread_rwlock_wrlock(&self.lock)
         self.drop(&self.windows[slot])
         pthread_rwlock_unlock(&self.lock)
+        self.forget()
+
+    cdef int forget(self) except -1:
+        """Let go of regions to which no TCE leads."""
+        cdef Region region
+        for region in list(self.regions):
+            if not region.c.mapped:
+                self.regions.discard(region)
+        return 0
 
     def clear(self):
         """Clear every entry of every window."""
@@ -142,6 +155,7 @@ cdef class TceTables:
                 if self.windows[slot].entries:
                     clear(&self.windows[slot], 0, self.windows[slot].npages)
             pthread_rwlock_unlock(&self.lock)
+        self.forget()
 
     def map(self, unsigned slot, uint64_t first, uint64_t npages, uint64_t vaddr, uint32_t prot, regions):
         """Write TCEs; what was there is replaced.
@@ -178,6 +192,7 @@ cdef class TceTables:
                     if region is None or window.shift > region.shift:
                         err = -EINVAL
                         break
+                self.regions.add(region)
                 # All pages up to the end of this region.
                 count = min(npages - i, (region.c.vaddr + region.c.size - at) // page)
                 with nogil:
@@ -205,6 +220,7 @@ cdef class TceTables:
             pthread_rwlock_wrlock(&self.lock)
             found = clear(&self.windows[slot], first, npages)
             pthread_rwlock_unlock(&self.lock)
+        self.forget()
         return found
 
     def entry(self, unsigned slot, uint64_t index):

@@ -1,8 +1,11 @@
 """Backends: one module each, none imports another.  Only this file knows their names."""
+import errno
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .._core.errno import error
 from ..protocols import Backend
 
 _MODULES = {"software": "software", "type1": "type1", "iommufd": "iommufd", "spapr": "spapr"}
@@ -45,7 +48,12 @@ def adopt_backend(name: str, state: Mapping[str, Any], fds: Sequence[int]) -> Ba
     VfioError
         What the kernel says of descriptors that are none of VFIO's.
     """
-    return _module(name).adopt(state, fds)
+    adopt = getattr(_module(name), "adopt", None) if name in _MODULES else None
+    if adopt is None:
+        for fd in fds:
+            os.close(fd)
+        raise error(errno.EPROTO, "adopt", hint=f"a container of backend {name!r} can't be adopted")
+    return adopt(state, fds)
 
 
 def _module(name: str) -> Any:

@@ -97,7 +97,7 @@ class SpaprContainer(Descriptor):
         self._groups: dict[str, Descriptor] = {}
         self._members: dict[str, Descriptor] = {}
         self._registered: dict[tuple[int, int], bool] = {}      # region -> by map_dma
-        self._mapped: dict[int, tuple[int, tuple[int, int] | None]] = {}    # iova -> size, region that map_dma made
+        self._mapped: dict[int, tuple[int, tuple[int, int] | None]] = {}    # iova -> size, its region
         self.windows: list[Window] = []
         super().__init__(vfio, vfio.open(_CONTAINER))
         try:
@@ -211,10 +211,12 @@ class SpaprContainer(Descriptor):
             if any(iova < other + length and other < iova + size for other, (length, _) in self._mapped.items()):
                 raise error(errno.EEXIST, "map_dma", iova, size, "something is mapped there")
             own = None
-            if self.version == 2 and not any(base <= vaddr and vaddr + size <= base + length
-                                             for base, length in self._registered):
-                self._register(vaddr, size, True)
-                own = (vaddr, size)
+            if self.version == 2:
+                own = next(((base, length) for base, length in self._registered
+                            if base <= vaddr and vaddr + size <= base + length), None)
+                if own is None:
+                    self._register(vaddr, size, True)
+                    own = (vaddr, size)
             layout = abi.vfio_iommu_type1_dma_map
             data = bytearray(layout.pack(argsz=layout.size, flags=prot, vaddr=vaddr, iova=iova, size=size))
             try:
@@ -249,7 +251,9 @@ class SpaprContainer(Descriptor):
             raise error(errno.EINVAL, operation, iova, size, "whole pages of its window, inside the window")
 
     def _let_go(self, _: int, region: tuple[int, int] | None) -> None:
-        if region is not None and self._registered.get(region):
+        # What map_dma registered goes with the last mapping that leads there.
+        if region is not None and self._registered.get(region) and all(
+                region != other for _, other in self._mapped.values()):
             self.unregister_memory(*region)
 
     # ---- EEH

@@ -49,7 +49,7 @@ def understanding(name: str) -> Iterator[None]:
     """Turn the errors of a state that makes no sense into one of the stream."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError) as exc:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as exc:
         if isinstance(exc, VfioError):
             raise
         raise damaged(f"the state of {name} makes no sense: {exc!r}") from None

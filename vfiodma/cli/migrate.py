@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from ..errors import MigrationError, MissingExtraError
+from ..errors import MigrationError, MissingExtraError, VfioError
 from ..memory import GuestMemory
 from ..migration import Migration, MigrationResult, PageReceiver, stream
 from ..migration.compression import offer
@@ -217,7 +217,7 @@ def serve(
              f"{done['dirty_pages']:,} pages in {run_for:g} s, {done['faults']} faults")
         until = time.monotonic() + linger
         while (left := until - time.monotonic()) > 0:
-            with contextlib.suppress(MigrationError):
+            with contextlib.suppress(VfioError):      # nobody came, or a stranger
                 receiver.linger(left)
 
 

@@ -1,10 +1,12 @@
 """Pages for a destination's memory, got from the kernel in the background: first touch is what takes longest there."""
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Sequence
 
 from .._core.copy import PageBoard
+from .._core.errno import error
 from .._core.memory import populate
 from ..errors import VfioError
 from .layout import MemoryLayout
@@ -40,7 +42,10 @@ class Prefault:
         self.populated = 0
         self.failure: VfioError | None = None
         self._thread = threading.Thread(target=self._run, name="vfiodma-prefault", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as exc:
+            self.failure = error(errno.EAGAIN, "prefault", hint=str(exc))
 
     def _run(self) -> None:
         with contextlib.suppress(OSError):
@@ -61,9 +66,10 @@ class Prefault:
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until all is done."""
-        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
 
     def stop(self) -> None:
         """End; idempotent."""
         self._stopping.set()
-        self._thread.join()
+        self.join()

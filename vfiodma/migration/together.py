@@ -1,7 +1,10 @@
 """Work of several channels at once: all end, and the first failure is what is told."""
+import errno
 import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
+
+from .._core.errno import error
 
 T = TypeVar("T")
 
@@ -36,10 +39,13 @@ def together(works: Sequence[Callable[[], T]], give_up: Callable[[BaseException]
         try:
             for index in range(1, len(works)):
                 thread = threading.Thread(target=run, args=(index,), name=f"vfiodma-channel-{index}", daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as exc:
+                    raise error(errno.EAGAIN, "migrate", hint=f"a thread for each channel is needed: {exc}") from None
                 threads.append(thread)
             run(0)
-        except BaseException as exc:    # no more threads to be had, or an interrupt
+        except BaseException as exc:    # no more threads to be had, or an interrupt: the others end
             fail(exc)
         for thread in threads:
             while thread.is_alive():

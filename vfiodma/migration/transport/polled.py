@@ -1,10 +1,12 @@
 """Transports that poll a descriptor, and can be interrupted without harm to the connection."""
 import contextlib
+import errno
 import os
 import select
 import ssl
 from collections.abc import Callable
 
+from ...errors import MigrationError
 from .sockets import ByteTransport
 
 
@@ -14,7 +16,14 @@ class PolledTransport(ByteTransport):
     def __init__(self, timeout: float) -> None:
         super().__init__(timeout)
         # Becomes readable, for good, when a direction is given up: one for each.
-        self._wakers = {"receive": os.eventfd(0, os.EFD_CLOEXEC), "send": os.eventfd(0, os.EFD_CLOEXEC)}
+        self._wakers: dict[str, int] = {}
+        try:
+            for doing in ("receive", "send"):
+                self._wakers[doing] = os.eventfd(0, os.EFD_CLOEXEC)
+        except OSError as exc:
+            PolledTransport.close(self)
+            raise MigrationError(exc.errno or errno.EMFILE, operation="transport",
+                                 hint="two more descriptors are needed") from None
 
     def _when_ready(self, doing: str, fd: int, call: Callable[[], int]) -> int:
         """Return what the call does, as soon as it would not block; TimeoutError, or BrokenPipeError for a wake-up."""

@@ -73,8 +73,12 @@ class TlsTransport(PolledTransport):
         except BaseException:
             sock.close()
             raise
-        self._tls.setblocking(False)
-        super().__init__(timeout)
+        try:
+            self._tls.setblocking(False)
+            super().__init__(timeout)
+        except BaseException:
+            self._tls.close()
+            raise
 
     def _send_some(self, views: list[memoryview]) -> int:
         return self._when_ready("send", self._tls.fileno(), lambda: self._tls.send(views[0]))

@@ -125,7 +125,11 @@ def connect(url: str, *, timeout: float = 30.0, tls: TlsFiles | None = None,
     failure: OSError | None = None
     deadline = time.monotonic() + timeout
     for family, address in targets:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as exc:
+            failure = exc
+            continue
         try:
             sock.settimeout(max(deadline - time.monotonic(), 1e-3))
             sock.connect(address)
@@ -169,7 +173,11 @@ def _check_descriptor(fd: int, insecure: bool) -> None:
             return
     except OSError:
         return
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    try:
+        other = os.dup(fd)
+    except OSError as exc:
+        raise _failed(exc, f"descriptor {fd} can't be looked at") from None
+    with socket.socket(fileno=other) as sock:
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             try:
                 peer = sock.getpeername()
@@ -257,7 +265,10 @@ def listen(url: str, *, timeout: float = 30.0, tls: TlsFiles | None = None, inse
         family, address = socket.AF_UNIX, where.host
     else:
         family, address = _addresses(where, insecure, socket.AI_PASSIVE)[0]
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as exc:
+        raise _failed(exc, f"can't listen on {url}: {exc.strerror or exc}") from None
     try:
         if family == socket.AF_UNIX:
             os.fchmod(sock.fileno(), stat.S_IRUSR | stat.S_IWUSR)      # before bind(2): the file never is anybody's
