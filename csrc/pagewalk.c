@@ -1,0 +1,449 @@
+#include "pagewalk.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+
+#include "rangemap.h"
+
+#define PRESENT 1ull
+#define WRITABLE 2ull
+#define USER 4ull
+#define ACCESSED 0x20ull
+#define DIRTY 0x40ull
+#define LARGE 0x80ull           /* PS: a leaf above the last level */
+#define GLOBAL 0x100ull
+#define EXT_ACCESSED 0x400ull
+#define ADDRESS 0x000ffffffffff000ull
+
+#define MAX_PASID (1u << 20)
+#define MAX_LEVELS 5
+#define MAX_TRIES 64            /* of a walk whose entries change under it */
+#define FIRST_ROOM 64
+
+/* A cached translation in 16 bytes.  where: bits 44:0 page number, 61:45 low bits of the PASID, 63:62 kind of page, 0 =
+ * the slot is free.  to: bits 51:12 gpa, 11:9 high bits of the PASID, the rest as below. */
+typedef struct {
+    uint64_t where, to;
+} slot;
+
+enum { MAY_WRITE = 1, MAY_USER = 2, IS_DIRTY = 4, IS_GLOBAL = 8, HAS_SRE = 16, HAS_WPE = 32 };
+#define PAGE_NUMBER ((1ull << 45) - 1)
+#define PASID_HIGH 0xe00ull
+
+typedef struct {
+    uint64_t root;
+    unsigned levels, flags;
+} table;
+
+struct pagewalk {
+    pthread_mutex_t lock;
+    rangemap *tables;           /* PASID -> table * */
+    slot *slots;                /* linear probing, a power of two of them */
+    size_t room, used, most;
+    size_t of_kind[4];          /* cached pages of each kind */
+    uint64_t beyond;            /* address bits above the guest's width */
+    bool huge;
+};
+
+/* ---- the cache */
+
+static unsigned kind_shift(unsigned kind)
+{
+    return 3 + 9 * kind;        /* 1: 4 KiB, 2: 2 MiB, 3: 1 GiB */
+}
+
+static uint64_t where_of(uint32_t pasid, uint64_t address, unsigned kind)
+{
+    uint64_t page = address >> kind_shift(kind) << kind_shift(kind);
+    return (page >> 12 & PAGE_NUMBER) | (uint64_t)(pasid & 0x1ffff) << 45 | (uint64_t)kind << 62;
+}
+
+static uint64_t high_of(uint32_t pasid)
+{
+    return (uint64_t)(pasid >> 17) << 9;
+}
+
+static unsigned kind_of(const slot *s)
+{
+    return s->where >> 62;
+}
+
+static bool is_of(const slot *s, uint32_t pasid)
+{
+    return s->where && (s->where >> 45 & 0x1ffff) == (pasid & 0x1ffff) && (s->to & PASID_HIGH) == high_of(pasid);
+}
+
+static size_t home(const pagewalk *w, uint64_t where, uint64_t high)
+{
+    uint64_t mixed = (where ^ high << 36) * 0x9e3779b97f4a7c15ull;
+    return (mixed ^ mixed >> 32) & (w->room - 1);
+}
+
+/* The slot of a page, or the free one where it would go. */
+static slot *probe(const pagewalk *w, uint64_t where, uint64_t high)
+{
+    for (size_t i = home(w, where, high);; i = (i + 1) & (w->room - 1)) {
+        slot *s = &w->slots[i];
+        if (!s->where || (s->where == where && (s->to & PASID_HIGH) == high))
+            return s;
+    }
+}
+
+static slot *find(const pagewalk *w, uint32_t pasid, uint64_t address)
+{
+    for (unsigned kind = 1; kind <= 3; kind++) {
+        if (!w->of_kind[kind])
+            continue;
+        slot *s = probe(w, where_of(pasid, address, kind), high_of(pasid));
+        if (s->where)
+            return s;
+    }
+    return NULL;
+}
+
+static void empty(pagewalk *w)
+{
+    free(w->slots);
+    w->slots = NULL;
+    w->room = w->used = 0;
+    w->of_kind[1] = w->of_kind[2] = w->of_kind[3] = 0;
+}
+
+/* Room for one more; false: out of memory, or at the limit. */
+static bool grow(pagewalk *w)
+{
+    if (w->used >= w->most)
+        empty(w);
+    if (w->used < w->room / 8 * 7)
+        return true;
+    size_t old_room = w->room;
+    slot *old = w->slots, *fresh = calloc(old_room ? old_room * 2 : FIRST_ROOM, sizeof *fresh);
+    if (!fresh)
+        return false;
+    w->slots = fresh;
+    w->room = old_room ? old_room * 2 : FIRST_ROOM;
+    for (size_t i = 0; i < old_room; i++)
+        if (old[i].where)
+            *probe(w, old[i].where, old[i].to & PASID_HIGH) = old[i];
+    free(old);
+    return true;
+}
+
+static void keep(pagewalk *w, uint32_t pasid, uint64_t address, unsigned kind, uint64_t to)
+{
+    if (!grow(w))
+        return;                 /* nothing has to be cached */
+    slot *s = probe(w, where_of(pasid, address, kind), high_of(pasid));
+    if (!s->where) {
+        w->used++;
+        w->of_kind[kind]++;
+    }
+    *s = (slot){where_of(pasid, address, kind), to | high_of(pasid)};
+}
+
+/* Free a slot and move what was pushed away by it back towards its home. */
+static void drop(pagewalk *w, slot *gone)
+{
+    size_t mask = w->room - 1, hole = gone - w->slots;
+    w->used--;
+    w->of_kind[kind_of(gone)]--;
+    for (size_t i = (hole + 1) & mask; w->slots[i].where; i = (i + 1) & mask) {
+        size_t wanted = home(w, w->slots[i].where, w->slots[i].to & PASID_HIGH);
+        if (((i - wanted) & mask) >= ((i - hole) & mask)) {
+            w->slots[hole] = w->slots[i];
+            hole = i;
+        }
+    }
+    w->slots[hole].where = 0;
+}
+
+static void drop_pasid(pagewalk *w, uint32_t pasid, bool global)
+{
+    for (size_t i = 0; i < w->room;)
+        if (is_of(&w->slots[i], pasid) && (global || !(w->slots[i].to & IS_GLOBAL)))
+            drop(w, &w->slots[i]);      /* another may be here now */
+        else
+            i++;
+}
+
+static void drop_range(pagewalk *w, uint32_t pasid, uint64_t page, uint64_t npages)
+{
+    for (size_t i = 0; i < w->room;) {
+        const slot *s = &w->slots[i];
+        uint64_t at = s->where & PAGE_NUMBER, n = s->where ? 1ull << (kind_shift(kind_of(s)) - 12) : 0;
+        if (is_of(s, pasid) && at < page + npages && page < at + n)
+            drop(w, &w->slots[i]);
+        else
+            i++;
+    }
+}
+
+/* ---- walking */
+
+static int fail(pagewalk_fault *fault, uint32_t reason)
+{
+    *fault = (pagewalk_fault){.reason = reason};
+    return -EFAULT;
+}
+
+static int fail_at(pagewalk_fault *fault, uint32_t reason, uint64_t entry_gpa)
+{
+    *fault = (pagewalk_fault){.reason = reason, .fetched = true, .fetch_addr = entry_gpa};
+    return -EFAULT;
+}
+
+static bool canonical(uint64_t address, unsigned bits)
+{
+    uint64_t top = address >> (bits - 1);
+    return top == 0 || top == UINT64_MAX >> (bits - 1);
+}
+
+static bool allowed(uint64_t rights, unsigned access)
+{
+    if (access & PAGEWALK_PRIV)
+        return rights & HAS_SRE && (!(access & PAGEWALK_WRITE) || rights & MAY_WRITE || !(rights & HAS_WPE));
+    return rights & MAY_USER && (!(access & PAGEWALK_WRITE) || rights & MAY_WRITE);
+}
+
+typedef struct {
+    uint64_t gpa, entry;
+} step;
+
+/* Follow the entries down to the leaf; the number of steps, or -EFAULT. */
+static int descend(const pagewalk *w, const pagewalk_memory *memory, const table *t, uint64_t address, step *steps,
+                   pagewalk_fault *fault)
+{
+    uint64_t next = t->root & ADDRESS;
+    for (unsigned level = t->levels, n = 0;; level--) {
+        step *s = &steps[n++];
+        unsigned shift = 3 + 9 * level;
+        s->gpa = next + (address >> shift & 511) * 8;
+        if (s->gpa & w->beyond)
+            return fail_at(fault, PAGEWALK_OOR_ADDRESS, s->gpa);
+        if (memory->load(memory->context, s->gpa, &s->entry))
+            return fail_at(fault, PAGEWALK_WALK_EABT, s->gpa);
+        if (!(s->entry & PRESENT)) {
+            fail_at(fault, PAGEWALK_PTE_FETCH, s->gpa);
+            fault->missing = true;
+            return -EFAULT;
+        }
+        if (s->entry & ADDRESS & w->beyond)
+            return fail_at(fault, PAGEWALK_OOR_ADDRESS, s->gpa);
+        bool large = level > 1 && s->entry & LARGE;
+        uint64_t inside = (1ull << shift) - 1;
+        if (large && (level > 3 || (level == 3 && !w->huge) || s->entry & inside & ADDRESS & ~0x1000ull))
+            return fail_at(fault, PAGEWALK_PTE_FETCH, s->gpa);      /* reserved bits */
+        if (large || level == 1)
+            return n;
+        next = s->entry & ADDRESS;
+    }
+}
+
+/* Set the flags of the entries used.  -EAGAIN: one has changed. */
+static int touch(const pagewalk_memory *memory, const table *t, const step *steps, int n, bool dirty,
+                 pagewalk_fault *fault)
+{
+    for (int i = 0; i < n; i++) {
+        uint64_t entry = steps[i].entry | ACCESSED | (t->flags & PAGEWALK_EAFE ? EXT_ACCESSED : 0)
+                       | (dirty && i == n - 1 ? DIRTY : 0);
+        if (entry == steps[i].entry)
+            continue;
+        int err = memory->update(memory->context, steps[i].gpa, steps[i].entry, entry);
+        if (err == -EAGAIN)
+            return err;
+        if (err)                /* the table can't be written, or is gone */
+            return fail_at(fault, err == -EPERM ? PAGEWALK_ACCESS : PAGEWALK_WALK_EABT, steps[i].gpa);
+    }
+    return 0;
+}
+
+static int walk(pagewalk *w, const pagewalk_memory *memory, const table *t, uint32_t pasid, uint64_t address,
+                unsigned access, pagewalk_result *out, pagewalk_fault *fault)
+{
+    step steps[MAX_LEVELS];
+    int n = descend(w, memory, t, address, steps, fault);
+    if (n < 0)
+        return n;
+    uint64_t rights = MAY_WRITE | MAY_USER, leaf = steps[n - 1].entry;
+    for (int i = 0; i < n; i++) {
+        rights &= ~(uint64_t)(steps[i].entry & WRITABLE ? 0 : MAY_WRITE);
+        rights &= ~(uint64_t)(steps[i].entry & USER ? 0 : MAY_USER);
+    }
+    rights |= (t->flags & PAGEWALK_SRE ? HAS_SRE : 0) | (t->flags & PAGEWALK_WPE ? HAS_WPE : 0);
+    if (!allowed(rights, access))
+        return fail_at(fault, PAGEWALK_PERMISSION, steps[n - 1].gpa);
+    int err = touch(memory, t, steps, n, access & PAGEWALK_WRITE, fault);
+    if (err)
+        return err;
+    unsigned kind = t->levels - n + 1;
+    uint64_t inside = (1ull << kind_shift(kind)) - 1, page = leaf & ADDRESS & ~inside;
+    if (leaf & DIRTY || access & PAGEWALK_WRITE)
+        rights |= IS_DIRTY;
+    keep(w, pasid, address, kind, page | rights | (leaf & GLOBAL ? IS_GLOBAL : 0));
+    *out = (pagewalk_result){page | (address & inside), inside + 1 - (address & inside)};
+    return 0;
+}
+
+static int translate(pagewalk *w, const pagewalk_memory *memory, uint64_t pasid, uint64_t address, unsigned access,
+                     pagewalk_result *out, pagewalk_fault *fault)
+{
+    rangemap_entry bound;
+    if (pasid >= MAX_PASID)
+        return fail(fault, PAGEWALK_PASID_INVALID);
+    const slot *s = canonical(address, 57) ? find(w, pasid, address) : NULL;
+    /* What the cached rights don't allow is walked again: raising them needs no invalidation. */
+    if (s && allowed(s->to, access) && (s->to & IS_DIRTY || !(access & PAGEWALK_WRITE))) {
+        uint64_t inside = (1ull << kind_shift(kind_of(s))) - 1;
+        *out = (pagewalk_result){(s->to & ADDRESS) | (address & inside), inside + 1 - (address & inside)};
+        return 0;
+    }
+    if (!rangemap_find(w->tables, pasid, &bound))
+        return fail(fault, pasid ? PAGEWALK_BAD_PASID_ENTRY : PAGEWALK_PASID_INVALID);
+    const table *t = (const table *)(uintptr_t)bound.value;
+    if (!canonical(address, t->levels == 5 ? 57 : 48))
+        return fail(fault, PAGEWALK_OOR_ADDRESS);
+    if (access & PAGEWALK_PRIV && !(t->flags & PAGEWALK_SRE))
+        return fail(fault, PAGEWALK_PERMISSION);
+    for (int tries = 0; tries < MAX_TRIES; tries++) {
+        int err = walk(w, memory, t, pasid, address, access, out, fault);
+        if (err != -EAGAIN)
+            return err;
+    }
+    return fail(fault, PAGEWALK_UNKNOWN);
+}
+
+int pagewalk_translate(pagewalk *w, const pagewalk_memory *memory, uint64_t pasid, uint64_t address, unsigned access,
+                       pagewalk_result *out, pagewalk_fault *fault)
+{
+    pthread_mutex_lock(&w->lock);
+    int err = translate(w, memory, pasid, address, access, out, fault);
+    pthread_mutex_unlock(&w->lock);
+    return err;
+}
+
+/* ---- tables */
+
+pagewalk *pagewalk_new(unsigned width, bool huge, size_t most)
+{
+    pagewalk *w = calloc(1, sizeof *w);
+    if (!w)
+        return NULL;
+    w->tables = rangemap_new();
+    if (!w->tables) {
+        free(w);
+        return NULL;
+    }
+    pthread_mutex_init(&w->lock, NULL);
+    w->most = most;
+    w->huge = huge;
+    w->beyond = width < 64 ? UINT64_MAX << width : 0;
+    return w;
+}
+
+void pagewalk_unbind_all(pagewalk *w)
+{
+    rangemap_entry bound;
+    pthread_mutex_lock(&w->lock);
+    while (rangemap_lower(w->tables, 0, &bound)) {
+        rangemap_remove(w->tables, bound.start, NULL);
+        free((void *)(uintptr_t)bound.value);
+    }
+    empty(w);
+    pthread_mutex_unlock(&w->lock);
+}
+
+void pagewalk_free(pagewalk *w)
+{
+    if (!w)
+        return;
+    pagewalk_unbind_all(w);
+    rangemap_free(w->tables);
+    pthread_mutex_destroy(&w->lock);
+    free(w);
+}
+
+int pagewalk_bind(pagewalk *w, uint32_t pasid, uint64_t root, unsigned levels, unsigned flags)
+{
+    if (pasid >= MAX_PASID || (levels != 4 && levels != 5))
+        return -EINVAL;
+    table *t = malloc(sizeof *t);
+    if (!t)
+        return -ENOMEM;
+    *t = (table){root, levels, flags};
+    pthread_mutex_lock(&w->lock);
+    int err = rangemap_insert(w->tables, pasid, pasid, (uintptr_t)t);
+    pthread_mutex_unlock(&w->lock);
+    if (err)
+        free(t);
+    return err == -EEXIST ? -EBUSY : err;
+}
+
+bool pagewalk_unbind(pagewalk *w, uint32_t pasid)
+{
+    rangemap_entry bound;
+    pthread_mutex_lock(&w->lock);
+    bool found = !rangemap_remove(w->tables, pasid, &bound);
+    if (found) {
+        free((void *)(uintptr_t)bound.value);
+        drop_pasid(w, pasid, true);
+    }
+    pthread_mutex_unlock(&w->lock);
+    return found;
+}
+
+bool pagewalk_bound(pagewalk *w, uint32_t pasid)
+{
+    return rangemap_find(w->tables, pasid, NULL);
+}
+
+/* ---- invalidation */
+
+void pagewalk_flush_pages(pagewalk *w, uint32_t pasid, uint64_t address, unsigned order)
+{
+    pthread_mutex_lock(&w->lock);
+    if (order >= 45) {
+        drop_pasid(w, pasid, true);
+    } else {
+        uint64_t npages = 1ull << order, page = (address >> 12 & PAGE_NUMBER) & ~(npages - 1);
+        if (npages > 256 || npages * 3 > w->room) {
+            drop_range(w, pasid, page, npages);
+        } else {
+            slot *s;
+            for (uint64_t i = 0; i < npages; i++)
+                while ((s = find(w, pasid, (page + i) << 12)))
+                    drop(w, s);
+        }
+    }
+    pthread_mutex_unlock(&w->lock);
+}
+
+void pagewalk_flush_pasid(pagewalk *w, uint32_t pasid)
+{
+    pthread_mutex_lock(&w->lock);
+    drop_pasid(w, pasid, false);
+    pthread_mutex_unlock(&w->lock);
+}
+
+void pagewalk_flush_all(pagewalk *w)
+{
+    pthread_mutex_lock(&w->lock);
+    empty(w);
+    pthread_mutex_unlock(&w->lock);
+}
+
+size_t pagewalk_cached(pagewalk *w)
+{
+    pthread_mutex_lock(&w->lock);
+    size_t n = w->used;
+    pthread_mutex_unlock(&w->lock);
+    return n;
+}
+
+size_t pagewalk_cache_bytes(pagewalk *w)
+{
+    pthread_mutex_lock(&w->lock);
+    size_t n = w->room * sizeof(slot);
+    pthread_mutex_unlock(&w->lock);
+    return n;
+}
