@@ -14,6 +14,7 @@ KERNELS = {
     "memory": ["usercopy"],
     "maprows": ["maprows"],
     "dirty": ["bitmap", "bitmap_x86", "bitmap_arm", "usercopy", "rangemap"],
+    "nesting": ["pagewalk", "rangemap", "usercopy", "pin"],
     "mappings": ["rangemap", "usercopy", "pin", "memlock"],
     "attach": ["rangemap"],
     "pinning": ["rangemap", "usercopy", "pin"],

@@ -472,3 +472,16 @@ int pin_write(const pin *p, uint64_t offset, const void *src, uint64_t n)
     }
     return 0;
 }
+
+int pin_swap(const pin *p, uint64_t offset, uint64_t seen, uint64_t wanted)
+{
+    const segment *s = segment_at(p, offset);
+    uint64_t now;
+    if (s->direct && !s->mmio) {
+        uint64_t *word = (uint64_t *)(uintptr_t)(s->vaddr + (offset - s->offset));
+        return __atomic_compare_exchange_n(word, &seen, wanted, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) ? 0 : -EAGAIN;
+    }
+    if (pin_read(p, offset, &now, sizeof now))
+        return -EFAULT;
+    return now == seen ? pin_write(p, offset, &wanted, sizeof wanted) : -EAGAIN;
+}

@@ -9,6 +9,7 @@ from libc.stdlib cimport calloc, free, malloc
 
 from .dirty cimport dirty_fill_all, dirty_resize
 from .mappings cimport pin_mapping, remove_all, unpin_mapping, wait_until_valid
+from .nesting cimport nesting_start, nesting_stop, nests
 from .state cimport (
     PS, V7_2, dma_t, domain_t, first_from, group_t, iommu_mapped, iova_range, next_of,
     rangemap_overlaps, type1_t,
@@ -252,6 +253,8 @@ cdef int attach_group(type1_t *t, group_t *group) noexcept nogil:
     err = wait_until_valid(t, 0, True)
     if err:
         return err
+    if nests(t) and (t.domains or t.emulated):
+        return -EINVAL                  # one group at most
     if group.emulated:
         group.pinned_scope = True
         group.next = t.emulated
@@ -260,6 +263,8 @@ cdef int attach_group(type1_t *t, group_t *group) noexcept nogil:
     ranges.items, ranges.n, ranges.room = NULL, 0, 0
     err = attach_to_iommu(t, group, &ranges)
     free(ranges.items)
+    if not err and nests(t):
+        nesting_start(t)
     return err
 
 
@@ -340,6 +345,7 @@ cdef void detach_group(type1_t *t, group_t *group) noexcept nogil:
     group.domain = NULL
     emptied = domain.groups == NULL
     if emptied:
+        nesting_stop(t)
         if t.domains == domain and not domain.next:
             if t.emulated:
                 leave_iommu(t)

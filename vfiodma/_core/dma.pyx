@@ -8,10 +8,13 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AS_STRING
 from libc.errno cimport E2BIG, EFAULT, EINVAL, ENOMEM, EOVERFLOW
 from libc.stdint cimport uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from .args cimport acquire, new_bytes, u64
 from .errno cimport raise_errno
+from .nesting cimport (
+    PAGEWALK_PASID_FETCH, PAGEWALK_PRIV, PAGEWALK_READ, PAGEWALK_WRITE, nested_access, pagewalk_fault,
+)
 from .pinning cimport device_access, dma_rw
 from .state cimport (
     pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy, pthread_rwlock_init, pthread_rwlock_rdlock,
@@ -42,12 +45,23 @@ cdef dict REASONS = {-_errno.EINVAL: "not mapped", -_errno.ENOENT: "not mapped",
                      -_errno.EBUSY: "a vaddr is invalid"}
 
 
+cdef tuple NESTED_REASONS = ("unknown", "PASID table", "PASID has no table", "PASID out of range", "walk aborted", "not mapped",
+                             "not permitted", "accessed flag can't be set", "address out of range")
+
+
 cdef class DmaPath:
     """What stands between a device and memory: an IOMMU, or a container for devices without one."""
 
     cdef int access(self, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
         done[0] = 0
         return -EINVAL
+
+    cdef int nested(self, uint64_t pasid, uint64_t address, void *data, uint64_t size, unsigned access, uint64_t *gpa,
+                    uint64_t *done, pagewalk_fault *fault) noexcept nogil:
+        done[0] = gpa[0] = 0
+        memset(fault, 0, sizeof(pagewalk_fault))
+        fault.reason = PAGEWALK_PASID_FETCH
+        return -EFAULT
 
     cdef int check_process(self, str operation) except -1:
         return 0
@@ -82,6 +96,12 @@ cdef class Type1Path(DmaPath):
         pthread_mutex_unlock(&t.lock)
         done[0] = 0 if err else size
         return err
+
+    cdef int nested(self, uint64_t pasid, uint64_t address, void *data, uint64_t size, unsigned access, uint64_t *gpa,
+                    uint64_t *done, pagewalk_fault *fault) noexcept nogil:
+        if self.emulated:
+            return DmaPath.nested(self, pasid, address, data, size, access, gpa, done, fault)
+        return nested_access(self.type1.t, pasid, address, data, size, access, gpa, done, fault)
 
     cdef int check_process(self, str operation) except -1:
         return self.type1.check_process(operation)
@@ -152,6 +172,8 @@ cdef class DmaPort:
         The newest 1,024 faults.
     fault_count : int
         All of them.
+    fault_sink : object or None
+        Where faults of accesses with a PASID are reported, and pages asked for.
 
     Notes
     -----
@@ -165,6 +187,7 @@ cdef class DmaPort:
     cdef readonly str device
     cdef readonly object faults
     cdef readonly uint64_t fault_count
+    cdef public object fault_sink
 
     def __cinit__(self, DmaPath path not None, str device):
         pthread_rwlock_init(&self.log_lock, NULL)
@@ -204,8 +227,33 @@ cdef class DmaPort:
         cdef object fault = self.record(err, iova, size, write)
         return raise_errno(EFAULT, "dma_write" if write else "dma_read", iova, size, f"DMA fault of {self.device}: {fault.reason}")
 
-    def read(self, iova, size):
-        """Read ``size`` bytes at ``iova``.
+    cdef int access_nested(self, uint64_t pasid, uint64_t at, char *data, uint64_t size, bint write, bint privileged) except -1:
+        cdef unsigned access = (PAGEWALK_WRITE if write else PAGEWALK_READ) | (PAGEWALK_PRIV if privileged else 0)
+        cdef str operation = "dma_write" if write else "dma_read"
+        cdef uint64_t gpa, done
+        cdef pagewalk_fault fault
+        cdef DmaPath path
+        cdef int err
+        while size:
+            path = self.connected(operation)
+            with nogil:
+                err = path.nested(pasid, at, data, size, access, &gpa, &done, &fault)
+                if write and done:
+                    self.mark(gpa, done)        # dirt is known by what the second stage translates
+            at += done
+            data += done
+            size -= done
+            if err and not (fault.missing and self.fault_sink is not None and self.fault_sink.request_page(pasid, at, access)):
+                if self.fault_sink is not None:
+                    self.fault_sink.unrecoverable(fault.reason, pasid, access, at, fault.fetch_addr if fault.fetched else None)
+                self.fault_count += 1
+                self.faults.append(DmaFault(self.device, at, size, bool(write), NESTED_REASONS[fault.reason]))
+                raise_errno(EFAULT, operation, at, size,
+                            f"DMA fault of {self.device}, PASID {pasid}: {NESTED_REASONS[fault.reason]}")
+        return 0
+
+    def read(self, iova, size, pasid=None, privileged=False):
+        """Read ``size`` bytes at ``iova``; with a PASID, at that address of the PASID's own table.
 
         Raises
         ------
@@ -219,14 +267,17 @@ cdef class DmaPort:
         cdef bytes data = new_bytes("dma_read", iova, length)
         cdef char *to = PyBytes_AS_STRING(data)
         cdef int err
+        if pasid is not None:
+            self.access_nested(u64("dma_read", pasid), at, to, length, False, privileged)
+            return data
         with nogil:
             err = self.access(path, at, to, length, False, &done)
         if err:
             self.fault(err, at + done, length - done, False)
         return data
 
-    def write(self, iova, data):
-        """Write bytes-like ``data`` at ``iova``; errors as read().  What stands before a fault is written."""
+    def write(self, iova, data, pasid=None, privileged=False):
+        """Write bytes-like ``data`` at ``iova``; PASID and errors as read().  What stands before a fault is written."""
         cdef uint64_t at = u64("dma_write", iova), done, size
         cdef DmaPath path = self.connected("dma_write")
         cdef Py_buffer view
@@ -234,6 +285,9 @@ cdef class DmaPort:
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             size = view.len
+            if pasid is not None:
+                self.access_nested(u64("dma_write", pasid), at, <char *> view.buf, size, True, privileged)
+                return
             with nogil:
                 err = self.access(path, at, view.buf, size, True, &done)
         finally:

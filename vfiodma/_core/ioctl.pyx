@@ -11,11 +11,13 @@ from libc.string cimport memcpy, memset
 from .attach cimport enforces_coherency
 from .dirty cimport bitmap_arguments_ok, dirty_get, dirty_start, dirty_stop
 from .mappings cimport map_dma, unmap_dma
-from .state cimport V5_12, V6_1, V6_12, min_pgsize, type1_t
+from .nesting cimport describe_nesting, nesting_op
+from .state cimport V5_12, V6_1, V6_12, VSVA, min_pgsize, type1_t
 from .uapi cimport (
     CAP_DMA_AVAIL, CAP_IOVA_RANGE, CAP_MIGRATION, CHECK_EXTENSION, DIRTY_GET, DIRTY_PAGES, DIRTY_START, DIRTY_STOP, DMA_CC_IOMMU,
-    EXT_UNMAP_ALL, EXT_UPDATE_VADDR, GET_INFO, INFO_CAPS, INFO_PGSIZES, MAP_DMA, TYPE1_IOMMU, TYPE1_NESTING_IOMMU, TYPE1v2_IOMMU,
-    UNMAP_ALL, UNMAP_DIRTY, UNMAP_DMA, UNMAP_VADDR, cap_dma_avail, cap_header, cap_iova_range, cap_migration, dirty_bitmap,
+    CAP_NESTING, EXT_UNMAP_ALL, EXT_UPDATE_VADDR, GET_INFO, INFO_CAPS, INFO_PGSIZES, MAP_DMA, NESTING_OP, TYPE1_IOMMU,
+    TYPE1_NESTING_IOMMU, TYPE1v2_IOMMU,
+    UNMAP_ALL, UNMAP_DIRTY, UNMAP_DMA, UNMAP_VADDR, cap_dma_avail, cap_header, cap_iova_range, cap_migration, cap_nesting, dirty_bitmap,
     dirty_bitmap_get, dma_map, dma_unmap, type1_info, user_bitmap,
 )
 
@@ -54,7 +56,7 @@ cdef long type1_extension(int version, type1_t *t, uint64_t extension) noexcept 
 cdef size_t caps_size(const type1_t *t) noexcept nogil:
     cdef size_t avail_size = 16 if t.version > V6_1 else 12     # padded to 8 from 6.6 on
     cdef size_t ranges_size = 16 + 16 * t.nranges if t.nranges else 0
-    return (sizeof(cap_migration) + avail_size if t.version >= V5_12 else 0) + ranges_size
+    return (sizeof(cap_migration) + avail_size if t.version >= V5_12 else 0) + ranges_size + (sizeof(cap_nesting) if t.nest else 0)
 
 
 cdef void put_header(cap_header *header, uint16_t id, uint32_t next) noexcept nogil:
@@ -69,6 +71,7 @@ cdef void put_caps(const type1_t *t, char *info) noexcept nogil:
     cdef cap_dma_avail avail
     cdef cap_iova_range ranges
     cdef size_t at = sizeof(type1_info)
+    cdef cap_nesting nesting
     cdef size_t avail_size = 16 if t.version > V6_1 else 12
     if t.version >= V5_12:
         memset(&migration, 0, sizeof(migration))
@@ -77,16 +80,22 @@ cdef void put_caps(const type1_t *t, char *info) noexcept nogil:
         migration.max_dirty_bitmap_size = MAX_BITMAP_BYTES
         memcpy(info + at, &migration, sizeof(migration))
         at += sizeof(migration)
-        put_header(&avail.header, CAP_DMA_AVAIL, at + avail_size if t.nranges else 0)
+        put_header(&avail.header, CAP_DMA_AVAIL, at + avail_size if t.nranges or t.nest else 0)
         avail.avail = t.dma_avail
         memcpy(info + at, &avail, 12)
         at += avail_size
     if t.nranges:
         memset(&ranges, 0, sizeof(ranges))
-        put_header(&ranges.header, CAP_IOVA_RANGE, 0)
+        put_header(&ranges.header, CAP_IOVA_RANGE, at + 16 + 16 * t.nranges if t.nest else 0)
         ranges.nr_iovas = t.nranges
         memcpy(info + at, &ranges, 16)
         memcpy(info + at + 16, t.ranges, 16 * t.nranges)
+        at += 16 + 16 * t.nranges
+    if t.nest:
+        memset(&nesting, 0, sizeof(nesting))
+        put_header(&nesting.header, CAP_NESTING, 0)
+        describe_nesting(t, &nesting.info)
+        memcpy(info + at, &nesting, sizeof(nesting))
 
 
 cdef int get_info(type1_t *t, uint64_t arg) noexcept nogil:
@@ -195,4 +204,6 @@ cdef long type1_ioctl(type1_t *t, uint32_t request, uint64_t arg) noexcept nogil
         return unmap_ioctl(t, arg)
     if request == DIRTY_PAGES and t.version >= V5_12:
         return dirty_ioctl(t, arg)
+    if request == NESTING_OP and t.version == VSVA:
+        return nesting_op(t, arg)
     return -ENOTTY

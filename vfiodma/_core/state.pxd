@@ -3,13 +3,14 @@
 #   dirty     dirty tracking and its bitmaps
 #   attach    groups, domains, IOVA ranges
 #   pinning   external pins and DMA of emulated devices
+#   nesting   first-stage tables of the nesting series
 #   ioctl     the raw door
 #   type1     the class that owns an instance
 #
 # Lock order: lock, then iotlb.  `lock` serialises everything, as the kernel's iommu->lock does; nothing that holds it
 # takes the GIL.  `iotlb` lets devices translate and copy beside each other: read-locked for a DMA access, write-locked
 # while a mapping or its pages enter or leave the IOMMU.
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from posix.time cimport timespec
 
 cdef extern from "<pthread.h>" nogil:
@@ -63,11 +64,17 @@ cdef extern from "pin.h" nogil:
     void pin_release(pin *)
     int pin_read(const pin *, uint64_t offset, void *dst, uint64_t n)
     int pin_write(const pin *, uint64_t offset, const void *src, uint64_t n)
+    int pin_swap(const pin *, uint64_t offset, uint64_t seen, uint64_t wanted)
+
+cdef extern from "pagewalk.h" nogil:
+    ctypedef struct pagewalk:
+        pass
 
 # Kernel versions that a model can take; behaviour between two of them is that of the lower.
 cdef enum:
     V5_4 = 504
     V5_12 = 512
+    VSVA = 513                              # 5.12 with the nesting series
     V6_1 = 601
     V6_12 = 612
     V7_2 = 702
@@ -130,6 +137,8 @@ cdef struct type1_t:
     uint64_t non_pinned_groups
     uint64_t unmap_listeners                # open devices that registered an unmap callback
     int64_t memlock_limit
+    pagewalk *nest                          # first stage of the one group of a VSVA nesting container; changes under iotlb
+    uint8_t *pasids                         # bitmap of allocated PASIDs, borrowed; NULL = none
     void *owner                             # the Type1 object, borrowed: receives unmap callbacks
 
 cdef inline uint64_t min_pgsize(const type1_t *t) noexcept nogil:

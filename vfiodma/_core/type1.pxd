@@ -1,5 +1,6 @@
 from libc.stdint cimport uint32_t, uint64_t
 
+from .nesting cimport PasidSpace
 from .state cimport group_t, type1_t
 
 
@@ -13,6 +14,7 @@ cdef class Type1:
     cdef type1_t *t
     cdef unsigned generation            # of the process that made it: a forked child has a higher one
     cdef list listeners
+    cdef PasidSpace pasids
     cdef set groups                     # attached: their C side is linked into t
     cdef readonly str kernel
     cdef readonly unsigned entry_limit

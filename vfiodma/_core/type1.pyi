@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 
 from ..types import IovaRange
+from .nesting import PasidSpace
 
 VERSIONS: dict[str, int]
 
@@ -22,7 +23,8 @@ class IommuGroup:
 class Type1:
     kernel: str
     entry_limit: int
-    def __init__(self, kernel: str, v2: bool, entry_limit: int, memlock_limit: int, nesting: bool = False) -> None: ...
+    def __init__(self, kernel: str, v2: bool, entry_limit: int, memlock_limit: int, nesting: bool = False,
+                 pasids: PasidSpace | None = None) -> None: ...
     def close(self) -> None: ...
     def container_closed(self) -> None: ...
     def attach(self, group: IommuGroup) -> None: ...

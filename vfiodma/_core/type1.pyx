@@ -19,9 +19,10 @@ from .args cimport acquire_rows, new_bytes, u64
 from .errno cimport raise_errno
 from .ioctl cimport type1_extension, type1_ioctl
 from .mappings cimport forget_charges, map_dma, process_locked_pages, type1_free, type1_new, unmap_dma, update_vaddrs
+from .nesting cimport PasidSpace, nesting_stop
 from .pinning cimport dma_rw, pin_pages, unpin_pages
 from .state cimport (
-    V5_4, V5_12, V6_1, V6_12, V7_2, dma_t, first_from, iova_range, min_pgsize, next_of, pthread_cond_broadcast,
+    V5_4, V5_12, V6_1, V6_12, V7_2, VSVA, dma_t, first_from, iova_range, min_pgsize, next_of, pthread_cond_broadcast,
     pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, rangemap_count, vaddr_valid,
 )
 from .uapi cimport MAP_VADDR, UNMAP_ALL, UNMAP_VADDR
@@ -29,7 +30,7 @@ from .uapi cimport MAP_VADDR, UNMAP_ALL, UNMAP_VADDR
 from ..errors import ForkedError
 from ..types import IovaRange
 
-VERSIONS = {"5.4": V5_4, "5.12": V5_12, "6.1": V6_1, "6.12": V6_12, "7.2": V7_2}
+VERSIONS = {"5.4": V5_4, "5.12": V5_12, "vsva": VSVA, "6.1": V6_1, "6.12": V6_12, "7.2": V7_2}
 
 cdef unsigned fork_generation = 0
 
@@ -108,7 +109,7 @@ cdef class Type1:
 
     Parameters
     ----------
-    kernel : {"5.4", "5.12", "6.1", "6.12", "7.2"}
+    kernel : {"5.4", "5.12", "6.1", "6.12", "7.2", "vsva"}
         Whose behaviour to reproduce.
     v2 : bool
         Type1v2: mappings can't be split by an unmap.
@@ -118,6 +119,8 @@ cdef class Type1:
         Mappings that it may hold.
     memlock_limit : int
         Bytes of locked memory; -1 = RLIMIT_MEMLOCK of the process, -2 = unlimited.
+    pasids : PasidSpace, optional
+        The PASIDs that page tables can be bound to ("vsva").
 
     Notes
     -----
@@ -125,7 +128,8 @@ cdef class Type1:
     Source: drivers/vfio/vfio_iommu_type1.c behaviour of Linux 5.4 to 7.2.
     """
 
-    def __cinit__(self, str kernel, bint v2, unsigned entry_limit, int64_t memlock_limit, bint nesting=False):
+    def __cinit__(self, str kernel, bint v2, unsigned entry_limit, int64_t memlock_limit, bint nesting=False,
+                  PasidSpace pasids=None):
         self.kernel = kernel
         self.entry_limit = entry_limit
         self.listeners = []
@@ -135,10 +139,14 @@ cdef class Type1:
         if not self.t:
             raise MemoryError
         self.t.nesting = nesting
+        self.pasids = pasids
+        if pasids is not None:
+            self.t.pasids = pasids.bits
 
     def __dealloc__(self):
         # In a forked child the pinned memory is the parent's, and the lock may have been held.
         if self.t and self.generation == fork_generation:
+            nesting_stop(self.t)
             type1_free(self.t)
 
     # ---- the lock

@@ -1,5 +1,5 @@
 # The part of the VFIO ABI that the compiled core handles: csrc/uapi, under the kernel's names without "vfio_iommu_type1".
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "uapi/vfio.h" nogil:
     enum:
@@ -8,6 +8,7 @@ cdef extern from "uapi/vfio.h" nogil:
         MAP_DMA "UAPI_VFIO_IOMMU_MAP_DMA"
         UNMAP_DMA "UAPI_VFIO_IOMMU_UNMAP_DMA"
         DIRTY_PAGES "UAPI_VFIO_IOMMU_DIRTY_PAGES"
+        NESTING_OP "UAPI_VFIO_IOMMU_NESTING_OP"
 
         TYPE1_IOMMU "UAPI_VFIO_TYPE1_IOMMU"
         TYPE1v2_IOMMU "UAPI_VFIO_TYPE1v2_IOMMU"
@@ -21,6 +22,7 @@ cdef extern from "uapi/vfio.h" nogil:
         CAP_IOVA_RANGE "UAPI_VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE"
         CAP_MIGRATION "UAPI_VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION"
         CAP_DMA_AVAIL "UAPI_VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL"
+        CAP_NESTING "UAPI_VFIO_IOMMU_TYPE1_INFO_CAP_NESTING"
 
         MAP_READ "UAPI_VFIO_DMA_MAP_FLAG_READ"
         MAP_WRITE "UAPI_VFIO_DMA_MAP_FLAG_WRITE"
@@ -63,3 +65,45 @@ cdef extern from "uapi/vfio.h" nogil:
     ctypedef struct dirty_bitmap_get "struct uapi_vfio_iommu_type1_dirty_bitmap_get":
         uint64_t iova, size
         user_bitmap bitmap
+
+    ctypedef struct nesting_head "struct uapi_vfio_iommu_type1_nesting_op":
+        uint32_t argsz, flags
+
+cdef extern from "uapi/iommu.h" nogil:
+    ctypedef struct nesting_vtd "struct uapi_iommu_nesting_info_vtd":
+        uint32_t flags
+        uint64_t cap_reg, ecap_reg
+    ctypedef union nesting_vendor:
+        nesting_vtd vtd
+    ctypedef struct nesting_info "struct uapi_iommu_nesting_info":
+        uint32_t argsz, flags, format, features
+        uint16_t addr_width, pasid_bits
+        nesting_vendor vendor
+    ctypedef struct bind_vtd "struct uapi_iommu_gpasid_bind_data_vtd":
+        uint64_t flags
+    ctypedef union bind_vendor:
+        bind_vtd vtd
+    ctypedef struct bind_data "struct uapi_iommu_gpasid_bind_data":
+        uint32_t argsz, version, format, addr_width
+        uint64_t flags, gpgd, hpasid, gpasid
+        uint8_t padding[8]
+        bind_vendor vendor
+    ctypedef struct inv_pasid_info "struct uapi_iommu_inv_pasid_info":
+        uint32_t flags, archid
+        uint64_t pasid
+    ctypedef struct inv_addr_info "struct uapi_iommu_inv_addr_info":
+        uint32_t flags, archid
+        uint64_t pasid, addr, granule_size, nb_granules
+    ctypedef union inv_granu:
+        inv_pasid_info pasid_info
+        inv_addr_info addr_info
+    ctypedef struct cache_info "struct uapi_iommu_cache_invalidate_info":
+        uint32_t argsz, version
+        uint8_t cache, granularity
+        uint8_t padding[6]
+        inv_granu granu
+
+cdef extern from "uapi/vfio.h" nogil:
+    ctypedef struct cap_nesting "struct uapi_vfio_iommu_type1_info_cap_nesting":
+        cap_header header
+        nesting_info info

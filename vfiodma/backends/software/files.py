@@ -113,7 +113,8 @@ class ContainerFile:
             if not nesting and kind not in (abi.VFIO_TYPE1_IOMMU, abi.VFIO_TYPE1v2_IOMMU):
                 raise error(errno.ENODEV, "set_iommu", hint="types are 1 (Type1) and 3 (Type1v2)")
             v2 = kind != abi.VFIO_TYPE1_IOMMU
-            type1 = Type1(self.vfio.kernel, v2, self.vfio.dma_entry_limit, self.vfio._memlock_limit, nesting)
+            type1 = Type1(self.vfio.kernel, v2, self.vfio.dma_entry_limit, self.vfio._memlock_limit, nesting,
+                          self.vfio.pasids)
             try:
                 for group in reversed(self.groups):         # the kernel keeps the newest first
                     type1.attach(group.iommu)

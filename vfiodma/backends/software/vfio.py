@@ -4,6 +4,7 @@ import os
 import threading
 
 from ..._core.errno import error
+from ..._core.nesting import PasidSpace
 from ..._core.type1 import VERSIONS, generation, locked_pages
 from ...errors import ForkedError, VfioError
 from ...types import DeviceLocation
@@ -21,8 +22,8 @@ class SoftwareVfio:
 
     Parameters
     ----------
-    kernel : {"5.4", "5.12", "6.1", "6.12", "7.2"}
-        Whose behaviour to reproduce.
+    kernel : {"5.4", "5.12", "6.1", "6.12", "7.2", "vsva"}
+        Whose behaviour to reproduce; "vsva" is 5.12 with the series that nests page tables of a guest.
     groups : sequence of SoftwareGroup, optional
         What stands in /dev/vfio; by default group 0 with the plain device 0000:00:10.0.
     dma_entry_limit : int
@@ -40,6 +41,11 @@ class SoftwareVfio:
         Module parameter enable_unsafe_noiommu_mode: there may be groups without an IOMMU.
     vfio_container : {"type1", "iommufd"}
         Who serves /dev/vfio/vfio.  In either case a group takes an iommufd for a container.
+
+    Attributes
+    ----------
+    pasids : PasidSpace
+        The PASIDs that page tables can be bound to; ``allocate`` and ``free`` stand for /dev/ioasid.
 
     Notes
     -----
@@ -77,6 +83,7 @@ class SoftwareVfio:
         self._lock = threading.RLock()
         self._groups = {group.number: Group(self, group) for group in groups}
         self._files = {}
+        self.pasids = PasidSpace()
         self._generation = generation()
 
     @property

@@ -1,0 +1,330 @@
+"""Nested translation of a Type1 instance, as the series "vfio: expose virtual Shared Virtual Addressing to VMs" has it.
+
+The first stage is the guest's, in its own memory, which is reached through the second stage: the container's mappings.
+Functions without another word are called with the instance's lock held.  Source: VFIO_IOMMU_NESTING_OP of that series
+and the IOMMU core and VT-d driver of Linux 5.12 behind it.
+"""
+import threading
+
+from libc.errno cimport EBUSY, EFAULT, EINVAL, ENOENT, EOPNOTSUPP, EPERM
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from .args cimport u64
+from .errno cimport raise_errno
+from .mappings cimport find_mapping
+from .pinning cimport device_access
+from .state cimport (
+    VSVA, dma_t, pagewalk, pin_read, pin_swap, pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, type1_t,
+)
+from .uapi cimport MAP_WRITE, bind_data, cache_info, nesting_head, nesting_info
+
+cdef extern from "usercopy.h" nogil:
+    int user_read(void *dst, uint64_t src, size_t n)
+
+cdef extern from "pagewalk.h" nogil:
+    ctypedef struct pagewalk_memory:
+        void *context
+        int (*load)(void *context, uint64_t gpa, uint64_t *entry) noexcept nogil
+        int (*update)(void *context, uint64_t gpa, uint64_t seen, uint64_t entry) noexcept nogil
+    pagewalk *pagewalk_new(unsigned width, bint huge, size_t most)
+    void pagewalk_free(pagewalk *)
+    int pagewalk_bind(pagewalk *, uint32_t pasid, uint64_t root, unsigned levels, unsigned flags)
+    bint pagewalk_unbind(pagewalk *, uint32_t pasid)
+    bint pagewalk_bound(pagewalk *, uint32_t pasid)
+    int pagewalk_translate(pagewalk *, const pagewalk_memory *, uint64_t pasid, uint64_t address, unsigned access,
+                           pagewalk_result *, pagewalk_fault *)
+    void pagewalk_flush_pages(pagewalk *, uint32_t pasid, uint64_t address, unsigned order)
+    void pagewalk_flush_pasid(pagewalk *, uint32_t pasid)
+
+cdef enum:
+    PASIDS = 1 << 20
+    MOST_CACHED = 1 << 22               # translations kept
+    VTD = 1                             # IOMMU_PASID_FORMAT_INTEL_VTD
+    BIND = 0
+    UNBIND = 1
+    INVALIDATE = 2
+    BIND_MIN = 56                       # up to the vendor's part
+    BIND_SIZE = 72
+    BIND_SRE_EAFE = 3
+    BIND_MEMORY_TYPES = 0x3c
+    BIND_FLAGS = 0x3f
+    INVALIDATE_MIN = 16
+    INVALIDATE_PASID = 32
+    INVALIDATE_SIZE = 56
+    IOTLB = 1
+    DEV_IOTLB = 2
+    PASID_CACHE = 4
+    BY_DOMAIN = 0
+    BY_PASID = 1
+    BY_ADDRESS = 2
+
+
+# ---- PASIDs
+
+cdef class PasidSpace:
+    """The 20-bit PASIDs of a system: which of them are allocated.  Thread-safe.
+
+    Source: /dev/ioasid of the series, which no descriptor stands for here.
+    """
+    def __cinit__(self):
+        self.lock = threading.Lock()
+        self.bits = <uint8_t *> calloc(PASIDS // 8, 1)
+        if not self.bits:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.bits)
+
+    def allocate(self, first=1, last=PASIDS - 1):
+        """Allocate the lowest free PASID of ``first`` to ``last``, both included.
+
+        Raises
+        ------
+        InvalidArgumentError
+            EINVAL: the bounds are not 1 ... 2**20 - 1, or nothing between them is free.
+        """
+        cdef uint64_t low = u64("allocate_pasid", first), high = u64("allocate_pasid", last)
+        if low == 0 or high >= PASIDS:
+            raise_errno(EINVAL, "allocate_pasid", None, None, "PASIDs are 1 ... 2**20 - 1")
+        with self.lock:
+            while low <= high:
+                if not self.bits[low // 8] >> low % 8 & 1:
+                    self.bits[low // 8] |= 1 << low % 8
+                    return low
+                low += 1
+        raise_errno(EINVAL, "allocate_pasid", None, None, f"none of {first} ... {last} is free")
+
+    def free(self, pasid):
+        """Give a PASID back; EINVAL if it isn't allocated.  A table that is bound to it stays bound."""
+        cdef uint64_t number = u64("free_pasid", pasid)
+        with self.lock:
+            if number >= PASIDS or not self.bits[number // 8] >> number % 8 & 1:
+                raise_errno(EINVAL, "free_pasid", None, None, f"PASID {pasid} is not allocated")
+            self.bits[number // 8] &= ~(1 << number % 8)
+
+
+# ---- the container's side
+
+cdef bint nests(const type1_t *t) noexcept nogil:
+    return t.version == VSVA and t.nesting
+
+
+cdef unsigned address_width(const type1_t *t) noexcept nogil:
+    cdef uint64_t last = t.domains.aperture.last
+    cdef unsigned bits = 0
+    while last:
+        last >>= 1
+        bits += 1
+    return bits
+
+
+cdef void nesting_start(type1_t *t) noexcept nogil:
+    """A group with an IOMMU has come: page tables can be bound.  Out of memory: no nesting, as without the capability."""
+    cdef pagewalk *nest = pagewalk_new(address_width(t), True, MOST_CACHED)
+    pthread_rwlock_wrlock(&t.iotlb)
+    t.nest = nest
+    pthread_rwlock_unlock(&t.iotlb)
+
+
+cdef void nesting_stop(type1_t *t) noexcept nogil:
+    cdef pagewalk *nest
+    pthread_rwlock_wrlock(&t.iotlb)
+    nest = t.nest
+    t.nest = NULL
+    pthread_rwlock_unlock(&t.iotlb)
+    pagewalk_free(nest)
+
+
+cdef void describe_nesting(const type1_t *t, nesting_info *info) noexcept nogil:
+    memset(info, 0, sizeof(nesting_info))
+    info.argsz = sizeof(nesting_info)
+    info.format = VTD
+    info.features = 3                                   # BIND_PGTBL, CACHE_INVLD
+    info.addr_width = address_width(t)
+    info.pasid_bits = 20
+    info.vendor.vtd.cap_reg = <uint64_t> 1 << 56 | <uint64_t> 1 << 60                       # FL1GP, FL5LP
+    info.vendor.vtd.ecap_reg = <uint64_t> 1 << 29 | <uint64_t> 1 << 31 | <uint64_t> 1 << 34 | <uint64_t> 1 << 40  # PRS SRS EAFS PASID
+
+
+# ---- NESTING_OP
+
+cdef bint nonzero(const uint8_t *bytes, size_t n) noexcept nogil:
+    cdef size_t i
+    for i in range(n):
+        if bytes[i]:
+            return True
+    return False
+
+
+cdef int read_bind_data(uint64_t arg, bind_data *data) noexcept nogil:
+    """What bind and unbind check alike."""
+    memset(data, 0, sizeof(bind_data))
+    if user_read(data, arg, BIND_MIN):
+        return -EFAULT
+    if data.argsz < BIND_MIN:
+        return -EINVAL
+    if data.argsz > BIND_MIN and user_read(<char *> data + BIND_MIN, arg + BIND_MIN, min(data.argsz, <uint32_t> BIND_SIZE) - BIND_MIN):
+        return -EFAULT
+    if data.version != 1 or data.format > VTD or data.flags & ~<uint64_t> 1 or nonzero(data.padding, 8):
+        return -EINVAL
+    return 0
+
+
+cdef int bind(type1_t *t, uint64_t arg) noexcept nogil:
+    cdef bind_data data
+    cdef unsigned levels
+    cdef int err = read_bind_data(arg, &data)
+    if err:
+        return err
+    if data.format != VTD or data.argsz < BIND_SIZE or data.vendor.vtd.flags & ~<uint64_t> BIND_FLAGS:
+        return -EINVAL
+    if data.hpasid == 0 or data.hpasid >= PASIDS:
+        return -EINVAL
+    if not t.pasids or not t.pasids[data.hpasid // 8] >> data.hpasid % 8 & 1:
+        return -ENOENT
+    if pagewalk_bound(t.nest, data.hpasid):
+        return -EBUSY
+    if data.addr_width != 48 and data.addr_width != 57:
+        return -EINVAL
+    levels = 4 if data.addr_width == 48 else 5
+    if data.gpgd > t.domains.aperture.last or data.vendor.vtd.flags & BIND_MEMORY_TYPES:
+        return -EINVAL
+    return pagewalk_bind(t.nest, data.hpasid, data.gpgd, levels, data.vendor.vtd.flags & BIND_SRE_EAFE)
+
+
+cdef int unbind(type1_t *t, uint64_t arg) noexcept nogil:
+    cdef bind_data data
+    cdef int err = read_bind_data(arg, &data)
+    if not err and data.hpasid < PASIDS:
+        pagewalk_unbind(t.nest, data.hpasid)
+    return err
+
+
+cdef int read_cache_info(uint64_t arg, cache_info *info) noexcept nogil:
+    memset(info, 0, sizeof(cache_info))
+    if user_read(info, arg, INVALIDATE_MIN):
+        return -EFAULT
+    if info.argsz < INVALIDATE_MIN or info.granularity == BY_PASID and info.argsz < INVALIDATE_PASID:
+        return -EINVAL
+    if info.granularity == BY_ADDRESS and info.argsz < INVALIDATE_SIZE:
+        return -EINVAL
+    if info.argsz > INVALIDATE_MIN and user_read(<char *> info + INVALIDATE_MIN, arg + INVALIDATE_MIN,
+                                                 min(info.argsz, <uint32_t> INVALIDATE_SIZE) - INVALIDATE_MIN):
+        return -EFAULT
+    if info.version != 1 or info.cache & ~7 or info.granularity > BY_ADDRESS:
+        return -EINVAL
+    if info.granularity == BY_ADDRESS and (info.cache & PASID_CACHE or info.granu.addr_info.flags & ~<uint32_t> 7):
+        return -EINVAL
+    if info.granularity == BY_PASID and info.granu.pasid_info.flags & ~<uint32_t> 3:
+        return -EINVAL
+    if info.granularity == BY_DOMAIN and info.cache & DEV_IOTLB:
+        return -EINVAL
+    return -EINVAL if nonzero(info.padding, 6) else 0
+
+
+cdef int invalidate(type1_t *t, uint64_t arg) noexcept nogil:
+    """VT-d takes the caches lowest first and stops, without an error, at the first that it can't do.
+
+    Only the IOTLB holds anything of its own here: a device TLB is dropped with it, and entries of the PASID table are
+    never cached.
+    """
+    cdef cache_info info
+    cdef uint64_t npages, pasid
+    cdef unsigned order = 0
+    cdef int err = read_cache_info(arg, &info)
+    if err or not info.cache & IOTLB or info.granularity == BY_DOMAIN:
+        return err
+    if info.granularity == BY_PASID:
+        pasid = info.granu.pasid_info.pasid if info.granu.pasid_info.flags & 1 else 0
+        if pasid < PASIDS:
+            pagewalk_flush_pasid(t.nest, pasid)
+        return 0
+    pasid = info.granu.addr_info.pasid if info.granu.addr_info.flags & 1 else 0
+    npages = info.granu.addr_info.granule_size * info.granu.addr_info.nb_granules >> 12
+    while order < 63 and <uint64_t> 1 << order < npages:
+        order += 1
+    if pasid < PASIDS:
+        pagewalk_flush_pages(t.nest, pasid, info.granu.addr_info.addr, order)   # the low bits of addr do not count
+    return 0
+
+
+cdef long nesting_op(type1_t *t, uint64_t arg) noexcept nogil:
+    cdef nesting_head head
+    cdef int err
+    if user_read(&head, arg, sizeof(head)):
+        return -EFAULT
+    if head.argsz < sizeof(head) or head.flags & ~<uint32_t> 0xffff or head.flags > INVALIDATE:
+        return -EINVAL
+    if not t.nest:
+        return -EOPNOTSUPP
+    arg += sizeof(head)
+    if head.flags == BIND:
+        err = bind(t, arg)
+        if err:
+            unbind(t, arg)              # of every device: a table that was bound before goes as well
+        return err
+    # The errors of these two stay in the kernel.
+    if head.flags == UNBIND:
+        unbind(t, arg)
+    else:
+        invalidate(t, arg)
+    return 0
+
+
+# ---- the devices' side: these take `iotlb`
+
+cdef int load_entry(void *context, uint64_t gpa, uint64_t *entry) noexcept nogil:
+    cdef dma_t *dma = find_mapping(<type1_t *> context, gpa)
+    if not dma or not dma.pages:
+        return -EINVAL
+    return pin_read(dma.pages, gpa - dma.iova, entry, 8)    # readable even if WRITE only, as VT-d maps it up to 6.12
+
+
+cdef int update_entry(void *context, uint64_t gpa, uint64_t seen, uint64_t entry) noexcept nogil:
+    cdef dma_t *dma = find_mapping(<type1_t *> context, gpa)
+    if not dma or not dma.pages:
+        return -EINVAL
+    if not dma.prot & MAP_WRITE:
+        return -EPERM
+    return pin_swap(dma.pages, gpa - dma.iova, seen, entry)
+
+
+cdef int translate(type1_t *t, uint64_t pasid, uint64_t address, unsigned access, pagewalk_result *found,
+                   pagewalk_fault *fault) noexcept nogil:
+    cdef pagewalk_memory memory
+    if not t.nest:
+        memset(fault, 0, sizeof(pagewalk_fault))
+        fault.reason = PAGEWALK_PASID_FETCH             # there is no PASID table
+        return -EFAULT
+    memory.context, memory.load, memory.update = t, load_entry, update_entry
+    return pagewalk_translate(t.nest, &memory, pasid, address, access, found, fault)
+
+
+cdef int nested_translate(type1_t *t, uint64_t pasid, uint64_t address, unsigned access, pagewalk_result *found,
+                          pagewalk_fault *fault) noexcept nogil:
+    """The first stage's result for one address; -EFAULT with *fault filled in."""
+    cdef int err
+    pthread_rwlock_rdlock(&t.iotlb)
+    err = translate(t, pasid, address, access, found, fault)
+    pthread_rwlock_unlock(&t.iotlb)
+    return err
+
+
+cdef int nested_access(type1_t *t, uint64_t pasid, uint64_t address, void *data, uint64_t size, unsigned access,
+                       uint64_t *gpa, uint64_t *done, pagewalk_fault *fault) noexcept nogil:
+    """Move bytes up to the end of the first-stage page, at the gpa that comes back; -EFAULT with *fault filled in."""
+    cdef pagewalk_result found
+    cdef int err
+    done[0] = gpa[0] = 0
+    err = nested_translate(t, pasid, address, access, &found, fault)
+    if err:
+        return err
+    gpa[0] = found.gpa
+    err = device_access(t, found.gpa, data, min(size, found.room), (access & PAGEWALK_WRITE) != 0, done)
+    if err:
+        memset(fault, 0, sizeof(pagewalk_fault))
+        fault.reason = PAGEWALK_PERMISSION if err == -EPERM else PAGEWALK_UNKNOWN if err == -EFAULT else PAGEWALK_PTE_FETCH
+        return -EFAULT
+    return 0
