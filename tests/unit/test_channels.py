@@ -424,8 +424,14 @@ def test_channels_that_do_not_come_or_are_refused_are_an_error_in_time():
     assert caught.value.errno == errno.ETIMEDOUT
     line = Line(timeout=0.1)
     with pytest.raises(MigrationError) as caught:
-        connect_channels(line.connect, HELLO, Ready(Checksum.CRC32, channels=2))
+        connect_channels(line.connect, Quiet(), HELLO, Ready(Checksum.CRC32, channels=2))
     assert caught.value.errno == errno.ETIMEDOUT and line.here[0]._sock.fileno() == -1
+    line.accept(0).close()
+    line, gone = Line(timeout=60), Quiet()
+    gone.wait_readable = lambda timeout: True
+    with pytest.raises(MigrationError, match="gave up before all channels") as caught:
+        connect_channels(line.connect, gone, HELLO, Ready(Checksum.CRC32, channels=2))
+    assert caught.value.errno == errno.ECONNRESET
     line.accept(0).close()
     for bad in (0, 65):
         with pytest.raises(InvalidArgumentError):

@@ -15,13 +15,15 @@ _STRANGERS = {errno.EPROTO, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOU
 _LOOK = 0.1     # seconds between looks at channel 0
 
 
-def connect_channels(connect: Callable[[], Any], hello: Hello, ready: Ready) -> list[FrameChannel]:
+def connect_channels(connect: Callable[[], Any], control: Any, hello: Hello, ready: Ready) -> list[FrameChannel]:
     """Open the further channels that READY allows.
 
     Parameters
     ----------
     connect : callable
         Returns a Transport to the destination.  It belongs to the channel: ``channel.transport.close()``.
+    control : Transport
+        That of channel 0: a destination that goes away is not waited for.
     hello, ready : Hello, Ready
         Of this stream.
 
@@ -41,6 +43,11 @@ def connect_channels(connect: Callable[[], Any], hello: Hello, ready: Ready) -> 
             channel = FrameChannel(connect())
             channels.append(channel)
             channel.send(Kind.JOIN, stream.encode_join(hello, index))
+            deadline = time.monotonic() + channel.transport.timeout
+            while not channel.transport.wait_readable(_LOOK) and time.monotonic() < deadline:
+                if control.wait_readable(0):
+                    raise MigrationError(errno.ECONNRESET, operation="join",
+                                         hint="the destination gave up before all channels had joined")
             channel.answer(Kind.JOINED)
             channel.checksum = ready.checksum
     except BaseException:

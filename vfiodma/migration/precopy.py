@@ -517,7 +517,7 @@ class PrecopySource:
         ready = stream.decode_ready(self._channel.answer(Kind.READY)[1], hello)
         self._channel.checksum, self._compression = ready.checksum, ready.compression
         if self._connect is not None:
-            self._further = connect_channels(self._connect, hello, ready)
+            self._further = connect_channels(self._connect, self._channel.transport, hello, ready)
         return ready
 
     def _connected(self, transport: Any) -> None:
