@@ -85,7 +85,7 @@ def test_a_migration_is_asked_and_cancelled_and_both_sides_say_so(runtime):
 
 def test_a_source_that_is_killed_leaves_a_destination_that_never_runs_the_guest(runtime):
     url = f"unix:{runtime}/guest"
-    with started("serve", url, "--timeout", "1", "--journal", runtime / "there") as there:
+    with started("serve", url, "--timeout", "1", "--reconnect", "1", "--journal", runtime / "there") as there:
         there.stdout.readline()
         with started("send", url, *SMALL, "--bandwidth", "1M") as here:
             deadline = time.monotonic() + 20

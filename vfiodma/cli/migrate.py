@@ -172,6 +172,8 @@ def serve(
     most: Annotated[int, typer.Option("--size", parser=parse_size, metavar="SIZE", help=(
         "Memory to take, at most; by default three quarters of what is available."), show_default=False)] = "0",    # type: ignore[assignment]
     wait: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a source.")] = 3600.0,
+    reconnect: Annotated[float, typer.Option(min=0.1, help=(
+        "Seconds to wait for a source whose connection broke."))] = 30.0,
     run_for: Annotated[float, typer.Option(min=0, help="Seconds that the guest's devices go on here.")] = 1.0,
     linger: Annotated[float, typer.Option(min=0, help=(
         "Seconds after that in which a source that heard no answer can still ask."))] = 0.0,
@@ -205,7 +207,7 @@ def serve(
         stack.enter_context(control.Control({
             "status": lambda: {**status.show(), "phase": receiver.handover.phase.name.lower(), "epoch": receiver.epoch},
             "cancel": cancel}))
-        phase = receiver.serve(on_break=lambda exc: _say(as_json, {"event": "broken", "error": str(exc)},
+        phase = receiver.serve(reconnect, on_break=lambda exc: _say(as_json, {"event": "broken", "error": str(exc)},
                                                          f"the connection broke, waiting for another: {exc}"))
         if phase is not Phase.OWNER:
             raise MigrationError(errno.ECANCELED, operation="migrate", hint="the guest stays at the source")
