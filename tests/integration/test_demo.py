@@ -121,6 +121,16 @@ def test_an_address_space_that_makes_no_sense_is_a_protocol_error(data):
             destination.get_ready()
 
 
+def test_another_stream_gets_its_own_memory_and_mappings():
+    plan = b'{"devices": ["0000:00:10.0"], "mappings": [[0, 0, 1048576]]}'
+    with contextlib.closing(Destination(1 << 20)) as destination:
+        for stream_id in (bytes(16), b"b" * 16):
+            memory = destination.make_memory(Hello(4096, stream_id, ((0, 1 << 20),)))
+            destination.take_state("address space", plan)
+            destination.prepare()
+            assert destination.ioas.translate(0) == memory.region.vaddr
+
+
 def test_devices_without_state_and_other_memory_are_refused():
     destination = Destination(1 << 20)
     with contextlib.closing(destination):

@@ -300,3 +300,36 @@ def test_a_stream_does_not_go_on_with_pages_of_another_size(target):
         receiver.reconnect(Replay(greeting(hello._replace(resume=True, pgsize=2 * PGSIZE))))
         with pytest.raises(ProtocolError, match="another stream"):
             receiver.receive()
+
+
+@pytest.mark.parametrize("cut", [1, PGSIZE, 4096 - 1])
+def test_another_stream_does_not_find_a_part_of_the_first_ones_pages(cut):
+    none = stream.Checksum.NONE
+
+    def frames(number, *kinds):
+        hello, sequence, data = stream.Hello(PGSIZE, bytes([number]) * 16, ((0, 4096),), none), 0, b""
+        for kind, body, nruns, flags, summed in ((Kind.HELLO, stream.encode_hello(hello), 0, 0, None), *kinds):
+            data += stream.encode_header(Header(kind, 0, flags, 0, sequence, nruns, len(body),
+                                                zlib.crc32(body[:summed]))) + body
+            sequence += 1
+        return data
+
+    runs = struct.pack("<QQ", 0, 4096 // PGSIZE)
+    first = frames(1, (Kind.PAGES, runs + b"x" * 4096, 1, 0, 16))
+    second = frames(2, (Kind.ZEROS, runs, 1, 0, None),
+                    (Kind.END, stream.encode_totals(Totals(1, 0, 4096 // PGSIZE)), 0, FINAL, None))
+
+    class Partly(Replay):       # what arrived of a part is in memory, as with recvmsg(2)
+        def receive_into(self, view):
+            rest = self.data[self.at:]
+            view[:len(rest)] = rest[:len(view)]
+            super().receive_into(view)
+
+    with guest([bytes(4096)]) as memory, contextlib.closing(PageReceiver(
+            Partly(first[:cut - 4096]), lambda _: memory, fresh=True, prefault=False, checksum="none")) as receiver:
+        with pytest.raises(ProtocolError, match="ended too early"):
+            receiver.receive()
+        receiver.reconnect(Replay(second))
+        with contextlib.suppress(ProtocolError):
+            receiver.receive()
+        assert not receiver.complete or content_of(memory) == [bytes(4096)]

@@ -78,12 +78,19 @@ class Destination:
         if hello.blocks != ((0, size),) or not fits:
             raise error(errno.EINVAL, "make_memory", hint=f"{self._size} bytes at 0 {'at most ' * self._at_most}were "
                         "announced on the command line")
+        self._forget()
         self.memory = self._parts.enter_context(GuestMemory.memfd(size, "vfiodma-guest"))
         return self.memory
 
     def take_memory(self, memory: GuestMemory) -> None:
         """Take over the source's own memory."""
+        self._forget()
         self.memory = self._parts.enter_context(memory)
+
+    def _forget(self) -> None:
+        """Let go of what another stream brought, of which no page came."""
+        self.close()
+        self._states, self._mapping, self.writers = {}, None, Writers([])
 
     def take_state(self, name: str, data: bytes) -> None:
         """Keep a state; with that of the address space, map in the background."""

@@ -37,6 +37,8 @@ class ChannelIntake:
         Of this epoch so far.
     attempt : int
         Number of this attempt at an epoch, over all connections: a page comes at most once in each.
+    touched : bool
+        Something was put into memory, be it a part of a frame.
     """
 
     def __init__(self, channel: FrameChannel, boards: Sequence[PageBoard], pgsize: int,
@@ -48,6 +50,7 @@ class ChannelIntake:
         self._intake = PageIntake(stream.MAX_RUNS)
         self.totals = Totals(0, 0, 0)
         self.attempt = 0
+        self.touched = False
 
     def take(self, header: Header, body: memoryview) -> None:
         """Check a frame of PAGES or ZEROS, then do what it says.
@@ -72,6 +75,7 @@ class ChannelIntake:
         if not fits:
             raise damaged(f"{header.kind.name} with {length} bytes for {count} pages")
         # From here on the frame is good, unless compressed content is not.
+        self.touched = True
         frames, pages, zero_pages = self.totals
         if header.kind is Kind.ZEROS:
             self._intake.clear()

@@ -336,7 +336,7 @@ class PageReceiver:
         try:
             self._totals = take_epoch(self._intakes, self.epoch, self._attempt - 1, control)
         finally:
-            self._touched = self._touched or shared or any(intake.totals.frames for intake in self._intakes)
+            self._touched = self._touched or shared or any(intake.touched for intake in self._intakes)
         if not self.epoch and not shared and self._totals.pages + self._totals.zero_pages != layout.npages:
             raise damaged("the first epoch did not bring all memory")
         return final
