@@ -307,11 +307,11 @@ def test_another_stream_does_not_find_a_part_of_the_first_ones_pages(cut):
     none = stream.Checksum.NONE
 
     def frames(number, *kinds):
-        hello, sequence, data = stream.Hello(PGSIZE, bytes([number]) * 16, ((0, 4096),), none), 0, b""
-        for kind, body, nruns, flags, summed in ((Kind.HELLO, stream.encode_hello(hello), 0, 0, None), *kinds):
+        hello, data = stream.Hello(PGSIZE, bytes([number]) * 16, ((0, 4096),), none), b""
+        kinds = ((Kind.HELLO, stream.encode_hello(hello), 0, 0, None), *kinds)
+        for sequence, (kind, body, nruns, flags, summed) in enumerate(kinds):
             data += stream.encode_header(Header(kind, 0, flags, 0, sequence, nruns, len(body),
                                                 zlib.crc32(body[:summed]))) + body
-            sequence += 1
         return data
 
     runs = struct.pack("<QQ", 0, 4096 // PGSIZE)
