@@ -10,7 +10,8 @@ from ...errors import ForkedError, VfioError
 from ...types import DeviceLocation
 from ...uapi import vfio as abi
 from .container import SoftwareContainer
-from .files import ContainerFile, Group, SpaprContainerFile, need_rawio
+from .faults import FaultQueueFile
+from .files import ContainerFile, DeviceFile, Group, SpaprContainerFile, need_rawio
 from .group import SoftwareGroup
 from .iommufd import CdevFile, IommufdFile
 
@@ -116,7 +117,7 @@ class SoftwareVfio:
 
     def _new_fd(self, file):
         # A descriptor that does nothing: read and write are EINVAL, mmap ENODEV, lseek ESPIPE, as on a container.
-        fd = os.pidfd_open(os.getpid())
+        fd = os.dup(file.event) if isinstance(file, FaultQueueFile) else os.pidfd_open(os.getpid())
         self._files[fd] = file
         return fd
 
@@ -213,18 +214,50 @@ class SoftwareVfio:
         return file.mmap(size, offset, prot)
 
     def read(self, fd, size):
-        """Read migration data; b"" at the end, ENOMSG when a running device has no more for now."""
+        """Read migration data (b"" at the end, ENOMSG when a running device has no more for now), or faults."""
         file = self._file(fd, "read")
         if not hasattr(file, "read"):
             raise error(errno.EINVAL, "read", hint="only migration data is read without an offset")
         return file.read(size)
 
     def write(self, fd, data):
-        """Write to a descriptor of migration data; return the bytes taken."""
+        """Write migration data, or answers to page requests; return the bytes taken."""
         file = self._file(fd, "write")
         if not hasattr(file, "write"):
             raise error(errno.EINVAL, "write", hint="only migration data is written without an offset")
         return file.write(bytes(data))
+
+    def open_fault_queue(self, device_fd, *, page_requests=True, timeout=10.0):
+        """Open the fault queue of an open device: faults of its accesses with a PASID, and the pages it asks for.
+
+        Parameters
+        ----------
+        device_fd : int
+            The device's descriptor.
+        page_requests : bool
+            Whether the device asks for missing pages, waiting for the answer; else such an access is a fault.
+        timeout : float
+            Seconds that it waits; then the access is a fault.
+
+        Returns
+        -------
+        int
+            A descriptor that polls readable while records wait.  ``read`` of this object takes records (struct
+            iommu_fault), ``write`` answers groups of page requests (struct iommu_page_response).
+
+        Raises
+        ------
+        VfioError
+            EBUSY: the device has one; EINVAL: no device's descriptor.
+        """
+        with self._lock:
+            file = self._file(device_fd, "open_fault_queue")
+            port = file.group.ports.get(file.device.address) if isinstance(file, DeviceFile) else None
+            if port is None:
+                raise error(errno.EINVAL, "open_fault_queue", hint="only an open device has faults")
+            if port.fault_sink is not None:
+                raise error(errno.EBUSY, "open_fault_queue", hint="the device has a fault queue")
+            return self._new_fd(FaultQueueFile(port, page_requests, timeout))
 
     def dup(self, fd):
         """Return a further descriptor of the same open file."""
