@@ -63,6 +63,8 @@ def test_mainline_kernels_are_told_apart():
     assert domain.info() is None
     with pytest.raises(UnsupportedError):
         domain.bind(1, TABLE)
+    RIGS.remove(rig)
+    rig.close()
 
 
 def test_an_invalidation_covers_its_range_and_nothing_else(rig):
