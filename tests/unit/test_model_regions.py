@@ -64,7 +64,7 @@ def test_regions_follow_those_that_the_device_has():
                                      abi.VFIO_REGION_SUBTYPE_INTEL_IGD_HOST_CFG,
                                      abi.VFIO_REGION_SUBTYPE_INTEL_IGD_LPC_CFG])
 def test_a_vendors_region_is_found_and_read_only(using, subtype):
-    device = using(models.vendor_region(models.INTEL, subtype, b"IntelGraphicsMem"))
+    device = using(*models.intel_gpu_regions(*[b"IntelGraphicsMem"] * 3))
     region = device.regions.find(VENDOR | 0x8086, subtype)
     assert region.info.type.vendor == 0x8086 and region.info.flags == 1 | 8
     assert region.read(5, 8) == b"Graphics"

@@ -68,10 +68,19 @@ class ModelRegion:
 
 
 def vendor_region(vendor: int, subtype: int, data: bytes, *, flags: int = _READ) -> ModelRegion:
-    """Return a region of a PCI vendor's type that holds ``data``, readonly by default: the OpRegion of an Intel GPU."""
+    """Return a region of a PCI vendor's type that holds ``data``, readonly by default."""
+    if vendor & ~abi.VFIO_REGION_TYPE_PCI_VENDOR_MASK:
+        raise ValueError(f"{vendor:#x} is no PCI vendor")
     region = ModelRegion(_VENDOR | vendor, subtype, len(data), flags=flags)
     region.memory[:len(data)] = data
     return region
+
+
+def intel_gpu_regions(opregion: bytes, host_config: bytes, lpc_config: bytes) -> list[ModelRegion]:
+    """Return what vfio-pci adds to an Intel GPU: the OpRegion, and the configuration of the host and LPC bridges."""
+    return [vendor_region(INTEL, abi.VFIO_REGION_SUBTYPE_INTEL_IGD_OPREGION, opregion),
+            vendor_region(INTEL, abi.VFIO_REGION_SUBTYPE_INTEL_IGD_HOST_CFG, host_config),
+            vendor_region(INTEL, abi.VFIO_REGION_SUBTYPE_INTEL_IGD_LPC_CFG, lpc_config)]
 
 
 def nvlink2_ram(size: int, target: int) -> ModelRegion:

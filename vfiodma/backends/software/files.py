@@ -68,7 +68,7 @@ class ContainerFile:
 
     def ioctl(self, request, arg):
         if request == abi.VFIO_GET_API_VERSION:
-            return 0
+            return abi.VFIO_API_VERSION
         type1 = self.type1
         if request == abi.VFIO_SET_IOMMU:
             return self.set_iommu(arg)
@@ -170,7 +170,7 @@ class SpaprContainerFile(ContainerFile):
 
     def ioctl(self, request, arg):
         if request == abi.VFIO_GET_API_VERSION:
-            return 0
+            return abi.VFIO_API_VERSION
         with self.vfio._lock:
             if request == abi.VFIO_SET_IOMMU:
                 return self.set_iommu(arg)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _HEAD = struct.Struct("=IIQQi")
 _LIMIT = 1000                       # VFIO_PCI_IOEVENTFD_MAX
+_WIDTHS = (abi.VFIO_DEVICE_IOEVENTFD_8, abi.VFIO_DEVICE_IOEVENTFD_16, abi.VFIO_DEVICE_IOEVENTFD_32,
+           abi.VFIO_DEVICE_IOEVENTFD_64)        # each flag is the width in bytes
 _LAST_BAR = abi.VFIO_PCI_BAR5_REGION_INDEX
 
 
@@ -55,7 +57,7 @@ class IoEventfds:
         argsz, flags, offset, data, fd = _HEAD.unpack(read_memory(arg, _HEAD.size))
         if argsz < _HEAD.size:
             raise _invalid(f"argsz must be at least {_HEAD.size}")
-        if flags not in (1, 2, 4, 8) or fd < -1:
+        if flags not in _WIDTHS or fd < -1:
             raise _invalid("exactly one width, and a descriptor or -1")
         self._check(flags, offset)
         key = _Key(offset, data, flags)
