@@ -1,6 +1,7 @@
 """A connection breaks anywhere, once or again and again: the stream goes on, and exactly one side gets the guest."""
 import contextlib
 import errno
+import os
 import random
 import threading
 
@@ -13,7 +14,7 @@ from vfiodma.migration import PrecopySource
 from vfiodma.migration.events import Broken, Resumed, Stage
 from vfiodma.migration.handover import Journal, SourceState
 from vfiodma.migration.layout import MemoryLayout
-from vfiodma.migration.stream import Phase
+from vfiodma.migration.stream import Kind, Phase
 
 CONTENT = [bytes(512) + b"a" * 3072 + bytes(512), b"b" * 4096]
 ROUNDS = 3
@@ -147,6 +148,35 @@ def test_a_source_that_keeps_the_guest_says_so():
         assert line.receiver.handover.phase is Phase.ABORTED
 
 
+@pytest.mark.parametrize("when", ["acknowledging", "verifying"])
+def test_a_destination_that_gives_up_between_two_answers_still_tells_the_source(when):
+    machine = Machine()
+    with guest(CONTENT) as memory, guest([bytes(4096), bytes(4096)]) as target, MemoryLayout(memory, PGSIZE) as layout:
+        line = Line(target, [])
+        try:
+            source = PrecopySource(line.connect(), downtime_limit=1e-9, max_rounds=1)
+            source.introduce(memory, PGSIZE)
+            receiver = line.receiver
+            send, given_up = receiver._channel.send, Kind.ACK if when == "acknowledging" else Kind.DIGEST
+
+            def give_up(kind, *parts, **options):
+                if kind is given_up and receiver.handover.phase is Phase.COMPLETE:
+                    receiver.handover.abort()
+                send(kind, *parts, **options)
+
+            receiver._channel.send = give_up
+            source.migrate(layout, LogTracker(layout), machine)
+            if when == "verifying":
+                source.verify(layout)
+            with pytest.raises(MigrationError) as caught:
+                source.release()
+            assert caught.value.errno == errno.ECANCELED and not isinstance(caught.value, HandoverError)
+            assert source.handover.state is SourceState.KEPT and machine.calls[-1] == "resume"
+        finally:
+            line.close()
+        assert line.receiver.handover.phase is Phase.ABORTED and line.runs == 0
+
+
 def test_a_cancelled_migration_leaves_the_guest_running_and_the_destination_knows():
     machine, events = Machine(), []
     with guest(CONTENT) as memory, guest([bytes(4096), bytes(4096)]) as target, MemoryLayout(memory, PGSIZE) as layout:
@@ -272,3 +302,27 @@ def test_a_journal_of_something_else_is_refused_by_a_source(tmp_path):
         with pytest.raises(VfioError, match="no record of a source") as caught:
             PrecopySource(None, journal=Journal(tmp_path / "journal"))
         assert caught.value.errno == errno.EBADMSG
+
+
+def test_a_destination_that_can_not_write_that_it_owns_the_guest_is_asked_again():
+    class Full(Journal):
+        failed = 0
+
+        def write(self, **record):
+            if record["phase"] == "OWNER" and not self.failed:
+                self.failed += 1
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().write(**record)
+
+    journal = Full()
+    with guest(CONTENT) as memory, guest([bytes(4096), bytes(4096)]) as target, MemoryLayout(memory, PGSIZE) as layout:
+        line = Line(target, [], journal=journal)
+        try:
+            source = PrecopySource(line.connect(), downtime_limit=1e-9, max_rounds=1, connect=line.connect)
+            source.introduce(memory, PGSIZE)
+            source.migrate(layout, LogTracker(layout), Machine())
+            source.release()
+        finally:
+            line.close()
+        assert journal.failed == line.runs == 1 and source.handover.state is SourceState.GIVEN
+        assert content_of(memory) == content_of(target)

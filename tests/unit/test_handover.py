@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from vfiodma.errors import VfioError
+from vfiodma.errors import MigrationError, VfioError
 from vfiodma.migration.handover import DestinationHandover, Journal, SourceHandover, SourceState
 from vfiodma.migration.stream import Phase
 
@@ -291,3 +291,14 @@ def test_a_record_of_the_other_side_is_refused_and_stays(tmp_path):
     with pytest.raises(VfioError, match="no record of a destination"):
         DestinationHandover(Journal(journal.path))
     assert Journal(journal.path).read()["state"] == "committing"
+
+
+def test_a_stream_whose_beginning_can_not_be_written_has_not_begun(tmp_path, monkeypatch):
+    handover = DestinationHandover(Journal(tmp_path / "journal"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(MigrationError, match="can't be written") as caught:
+            handover.begin("a")
+    assert caught.value.errno == errno.ENOSPC and not handover.stream
+    handover.begin("b")
+    assert handover.stream == "b"

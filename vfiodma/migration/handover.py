@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .._core.errno import error
+from ..errors import MigrationError
 from .stream import Phase
 
 
@@ -150,6 +151,13 @@ class DestinationHandover:
     journal : Journal
         Its record, if there is one, is of an earlier process, whose memory is gone: OWNER stays OWNER (the guest died
         as guests die with their hosts), everything else becomes ABORTED.
+
+    Raises
+    ------
+    MigrationError
+        From every method that writes: the journal can't be written, and nothing has changed.
+    ProtocolError
+        EBADMSG: the journal is a source's.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -174,8 +182,8 @@ class DestinationHandover:
 
     def begin(self, stream: str) -> None:
         """A stream begins; a restarted destination will know that there was one."""
+        self._record(stream, Phase.RECEIVING)
         self.stream = stream
-        self._journal.write(stream=stream, phase=Phase.RECEIVING.name)
 
     def receive(self) -> None:
         """More memory comes: what was complete is not any more, because the source runs on."""
@@ -208,5 +216,12 @@ class DestinationHandover:
             return self.phase
 
     def _write(self, phase: Phase) -> None:
-        self._journal.write(stream=self.stream, phase=phase.name)
+        self._record(self.stream, phase)
         self.phase = phase
+
+    def _record(self, stream: str, phase: Phase) -> None:
+        try:
+            self._journal.write(stream=stream, phase=phase.name)
+        except OSError as exc:
+            raise MigrationError(exc.errno or errno.EIO, operation="handover", hint=(
+                f"the journal can't be written: the guest is {self.phase.name} here, as before")) from exc

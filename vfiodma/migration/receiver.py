@@ -106,6 +106,7 @@ class PageReceiver:
         self.layout: MemoryLayout | None = None
         self.epoch = self._attempt = 0
         self._touched = False       # pages have come
+        self._said = Phase.RECEIVING        # to the source, over this connection
         self.digest = b""
         self.reconnect(transport)
 
@@ -127,7 +128,8 @@ class PageReceiver:
             layout = self.layout
             if self.handover.phase is Phase.ABORTED or layout is None:
                 raise MigrationError(errno.ECANCELED, operation="receive", hint="the guest was given up here")
-            while not self.complete:
+            final = self.complete
+            while not final:
                 final = self._receive_epoch(layout)
                 if final:
                     if self._devices is not None:
@@ -136,6 +138,7 @@ class PageReceiver:
                     self.handover.complete()
                 self.epoch += 1
                 self._channel.send(Kind.ACK, stream.encode_totals(self._totals), epoch=self.epoch - 1)
+                self._said = Phase.COMPLETE if final else Phase.RECEIVING
 
     def settle(self) -> Phase:
         """Answer the source until it is decided whose the guest is.
@@ -150,7 +153,8 @@ class PageReceiver:
                 raise error(errno.EINVAL, "settle", hint="the memory is not complete")
             if not self._greeted:
                 self._receive_hello()
-            while self.handover.phase is Phase.COMPLETE:
+            # Also where another thread gave the guest up meanwhile: the source is to hear it.
+            while self._said is Phase.COMPLETE:
                 header, _ = self._channel.receive(Kind.VERIFY, Kind.RUN, Kind.ABORT)
                 if header.kind is Kind.VERIFY:
                     assert self.layout is not None
@@ -158,10 +162,12 @@ class PageReceiver:
                     self._channel.send(Kind.DIGEST, self.digest)
                 elif header.kind is Kind.ABORT:
                     self._abort()
+                    self._said = Phase.ABORTED
                 else:
                     # Only what is written down may be said.
-                    owner = self.handover.run() is Phase.OWNER
-                    self._channel.send(Kind.STARTED if owner else Kind.ABORTED)
+                    phase = self.handover.run()
+                    self._channel.send(Kind.STARTED if phase is Phase.OWNER else Kind.ABORTED)
+                    self._said = phase
             return self.handover.phase
 
     def serve(self, wait: float = 30.0, breaks: int = 8,
@@ -265,6 +271,7 @@ class PageReceiver:
         ready = Ready(checksum, agree_on_compression(hello.compressions, self._compressions),
                       1 if hello.asks else min(hello.channels, self._most_channels), self.handover.phase, self.epoch)
         self._channel.send(Kind.READY, stream.encode_ready(hello.stream_id, ready))
+        self._said = ready.phase
         self._channel.checksum = checksum
         if hello.shares and self._hello is None and not self.handover.stream:
             self._begin(hello)
@@ -293,7 +300,11 @@ class PageReceiver:
         if layout.shape != hello.blocks:
             layout.close()
             raise damaged("the memory here has another shape than the source's")
-        self.handover.begin(hello.stream_id.hex())
+        try:
+            self.handover.begin(hello.stream_id.hex())
+        except BaseException:
+            layout.close()
+            raise
         self.layout, self._hello = layout, hello
         self._boards = open_boards(layout, self._fresh)
         if self._devices is not None:
