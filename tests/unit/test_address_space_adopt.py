@@ -130,7 +130,7 @@ def test_what_is_no_container_is_not_adopted_and_its_descriptors_are_closed(name
 
 
 def test_an_unknown_backend_is_not_adopted():
-    with pytest.raises(ValueError, match="no backend"):
+    with pytest.raises(ProtocolError, match="can't be adopted"):
         adopt_backend("other", {}, [])
 
 
