@@ -302,3 +302,23 @@ def test_a_stream_whose_beginning_can_not_be_written_has_not_begun(tmp_path, mon
     assert caught.value.errno == errno.ENOSPC and not handover.stream
     handover.begin("b")
     assert handover.stream == "b"
+
+
+def test_a_record_whose_folder_can_not_be_synced_gives_its_name_back(tmp_path, monkeypatch):
+    journal, count, fsync = Journal(tmp_path / "journal"), 0, os.fsync
+
+    def second_fails(fd):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    for record in ({"state": "first"}, {"state": "second"}):
+        before, count = journal.read(), 0
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+            patch.setattr(os, "fsync", second_fails)
+            journal.write(**record)
+        assert journal.read() == Journal(journal.path).read() == before
+        journal.write(**record)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["journal"]

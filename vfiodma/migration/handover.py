@@ -53,23 +53,35 @@ class Journal:
     def write(self, **record: Any) -> None:
         """Replace the record."""
         if self.path is not None:
-            fd, name = tempfile.mkstemp(prefix=self.path.name, dir=self.path.parent)
+            self._replace(self.path, record)
             try:
-                with open(fd, "w") as file:
-                    json.dump(record, file)
-                    file.flush()
-                    os.fsync(fd)
-                os.replace(name, self.path)
+                directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    os.fsync(directory)
+                finally:
+                    os.close(directory)
             except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name)
+                with contextlib.suppress(OSError):      # it has the name already: the old one takes it back
+                    if self._record:
+                        self._replace(self.path, self._record)
+                    else:
+                        self.path.unlink()
                 raise
-            directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
         self._record = dict(record)
+
+    @staticmethod
+    def _replace(path: Path, record: dict[str, Any]) -> None:
+        fd, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+        try:
+            with open(fd, "w") as file:
+                json.dump(record, file)
+                file.flush()
+                os.fsync(fd)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
 
 
 class SourceState(enum.Enum):
