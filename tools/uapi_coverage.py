@@ -60,6 +60,13 @@ BY_HAND: list[tuple[str, str, str, str, str]] = [
      "what a device's info_caps has"),
     ("VFIO_PCI_BAR[0-4]_REGION_INDEX", "software", "vfiodma/backends/software/device/ioeventfd.py", "bar > _LAST_BAR",
      "by number"),
+    ("IOMMU_FAULT_REASON_.*", "software", "csrc/pagewalk.h", "PAGEWALK_UNKNOWN, PAGEWALK_PASID_FETCH", "by number"),
+    ("IOMMU_FAULT_PERM_.*", "software", "csrc/pagewalk.h", "PAGEWALK_READ = 1, PAGEWALK_WRITE = 2", "by number"),
+    ("IOMMU_CACHE_INV_TYPE_(DEV_)?IOTLB", "software", "vfiodma/_core/nesting.pyx", "DEV_IOTLB = 2", "by number"),
+    ("IOMMU_CACHE_INV_TYPE_PASID", "software", "vfiodma/_core/nesting.pyx", "PASID_CACHE = 4", "by number"),
+    ("IOMMU_INV_GRANU_(DOMAIN|PASID|ADDR)", "software", "vfiodma/_core/nesting.pyx", "BY_DOMAIN = 0", "by number"),
+    ("VFIO_IOMMU_NESTING_OP_.*", "software", "vfiodma/_core/nesting.pyx", "UNBIND = 1", "by number"),
+    ("IOMMU_PASID_FORMAT_INTEL_VTD", "software", "vfiodma/_core/nesting.pyx", "VTD = 1", "by number"),
     # kernel
     ("vfio_device_feature_dma_logging_range", "kernel", "vfiodma/devices/dma_log.py", "_MAX_RANGES = 256", "by hand"),
     ("vfio_device_low_power_entry_with_wakeup", "kernel", "vfiodma/devices/features.py",

@@ -242,7 +242,9 @@ class SoftwareDevice(Protocol):
       than 9 with regions of its own), ``region_caps(index)`` (capabilities as (id, version, bytes after the header)),
       ``region_mmap(index, offset, size)`` (the memory of a region with the flag MMAP, a writable buffer),
       ``msix_table`` (BAR, offset, size);
-    * information: ``info_caps`` (as ``region_caps``);
+    * information: ``info_caps`` (as ``region_caps``); a ``bus`` that is not PCI (a VFIO_DEVICE_FLAGS bit) with
+      ``region_count`` and ``irq_indexes``: regions have no fixed numbers, each index one interrupt, and there are no
+      ioctls but those of information, interrupts and reset;
     * resets: ``can_reset`` (True by default), ``reset_scope`` (devices of equal scope take part in one hot reset);
     * features: ``migration`` (a MigratableDevice, or None), ``dma_logging`` (whether its DMA port's log is offered),
       ``vf_token`` (16 bytes, written by its user);

@@ -1,10 +1,11 @@
 """Regions of types of their own: vendors', EDID, channel I/O, NVLink2; with what a driver sees of them."""
 import errno
+import os
 import struct
 
 import pytest
 from software_card import Card
-from software_device import fails
+from software_device import fails, opened
 
 from vfiodma import SoftwareGroup, VfioDevice, open_backend
 from vfiodma.devices import EduDevice
@@ -211,3 +212,72 @@ def test_report_words_are_read_once_in_their_order(using):
     model.report(6)
     assert len(pending) == 2
     assert [region.read_u64(0) for _ in range(3)] == [5, 6, 0] and len(pending) == 3
+
+
+# ---- devices that are not on PCI
+
+FLAGS = [abi.VFIO_DEVICE_FLAGS_PLATFORM, abi.VFIO_DEVICE_FLAGS_AMBA, abi.VFIO_DEVICE_FLAGS_CCW,
+         abi.VFIO_DEVICE_FLAGS_AP, abi.VFIO_DEVICE_FLAGS_FSL_MC, abi.VFIO_DEVICE_FLAGS_CDX]
+TRIGGER_EVENTFD = abi.VFIO_IRQ_SET_ACTION_TRIGGER | abi.VFIO_IRQ_SET_DATA_EVENTFD
+
+
+@pytest.mark.parametrize("bus", FLAGS)
+def test_a_device_tells_its_bus_and_has_no_ioctls_of_pci(bus):
+    model = models.ChannelDevice(ADDRESS)
+    model.bus = bus
+    with opened(model) as raw, VfioDevice.open(raw.container, ADDRESS) as device:
+        assert device.info.flags == bus | abi.VFIO_DEVICE_FLAGS_RESET
+        for request in (abi.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, abi.VFIO_DEVICE_PCI_HOT_RESET,
+                        abi.VFIO_DEVICE_IOEVENTFD, abi.VFIO_DEVICE_QUERY_GFX_PLANE, abi.VFIO_DEVICE_FEATURE):
+            with fails(errno.ENOTTY):
+                raw.ioctl(request, bytes(64))
+
+
+def test_a_subchannel_has_its_regions_and_interrupts():
+    crw = models.CcwCrwRegion()
+    model = models.ChannelDevice(ADDRESS)
+    both = models.DeviceWithRegions(model, [models.CcwSchibRegion(lambda: b"schib"), crw])
+    with opened(both) as raw, VfioDevice.open(raw.container, ADDRESS) as device:
+        assert device.info.num_regions == abi.VFIO_CCW_NUM_REGIONS + 2
+        assert device.info.num_irqs == abi.VFIO_CCW_NUM_IRQS == 3
+        assert device.regions.find(abi.VFIO_REGION_TYPE_CCW, abi.VFIO_REGION_SUBTYPE_CCW_CRW).info.index == 2
+        area = device.regions[abi.VFIO_CCW_CONFIG_REGION_INDEX]
+        area.write(10, b"orb")
+        assert area.read(10, 3) == b"orb" and area.size == 636
+        device.reset()
+        assert area.read(10, 3) == bytes(3)
+        with fails(errno.EINVAL):
+            device.regions[3]
+
+
+@pytest.mark.parametrize("index", [abi.VFIO_CCW_IO_IRQ_INDEX, abi.VFIO_CCW_CRW_IRQ_INDEX, abi.VFIO_CCW_REQ_IRQ_INDEX])
+def test_each_interrupt_goes_to_its_own_eventfd(index):
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    with opened(models.ChannelDevice(ADDRESS)) as raw:
+        info = raw.ioctl(abi.VFIO_DEVICE_GET_IRQ_INFO, struct.pack("=IIII", 16, 0, index, 0))
+        assert struct.unpack("=IIII", info) == (16, abi.VFIO_IRQ_INFO_EVENTFD, index, 1)
+        raw.set_irqs(TRIGGER_EVENTFD, index, 0, 1, struct.pack("=i", fd))
+        assert [raw.device.irqs.enabled(other) for other in range(3)] == [int(other == index) for other in range(3)]
+        raw.device.irqs.trigger(index)
+        raw.device.irqs.trigger((index + 1) % 3)
+        raw.set_irqs(abi.VFIO_IRQ_SET_ACTION_TRIGGER | abi.VFIO_IRQ_SET_DATA_NONE, index, 0, 1)
+        raw.set_irqs(abi.VFIO_IRQ_SET_ACTION_TRIGGER | abi.VFIO_IRQ_SET_DATA_BOOL, index, 0, 1, b"\1")
+        raw.set_irqs(abi.VFIO_IRQ_SET_ACTION_TRIGGER | abi.VFIO_IRQ_SET_DATA_BOOL, index, 0, 1, b"\0")
+        assert os.eventfd_read(fd) == 3
+        raw.set_irqs(TRIGGER_EVENTFD, index, 0, 1, struct.pack("=i", -1))
+        raw.device.irqs.trigger(index)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(fd)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("flags, index, start, count, data, code", [
+    (36, 3, 0, 1, bytes(4), errno.EINVAL), (36, 0, 1, 1, bytes(4), errno.EINVAL), (36, 0, 0, 2, bytes(8), errno.EINVAL),
+    (36, 0, 0, 0, b"", errno.EINVAL), (36, 0, 0, 1, bytes(3), errno.EINVAL), (33 | 64, 0, 0, 1, b"", errno.EINVAL),
+    (35, 0, 0, 1, bytes(4), errno.EINVAL), (9, 0, 0, 1, b"", errno.EINVAL), (17, 0, 0, 1, b"", errno.EINVAL),
+    (36, 0, 0, 1, b"\xfe\xff\xff\xff", errno.EINVAL), (36, 0, 0, 1, struct.pack("=i", 1 << 20), errno.EBADF)])
+def test_what_such_interrupts_refuse(flags, index, start, count, data, code):
+    with opened(models.ChannelDevice(ADDRESS)) as raw:
+        with fails(code):
+            raw.set_irqs(flags, index, start, count, data)
+        assert not raw.device.irqs.enabled(0)

@@ -8,6 +8,7 @@ _HOME = {
     "Feature": "features", "FeatureOps": "features",
     "MigrationState": "migration", "MigrationFlags": "migration", "MigrationData": "migration",
     "Edid": "edid", "DeviceWithRegions": "model_regions", "ModelRegion": "model_regions", "EdidRegion": "model_regions",
+    "ChannelDevice": "model_regions",
     "DmaLog": "dma_log", "DeviceLogSource": "dma_log",
     "EduDriver": "edu_driver", "EduDevice": "edu", "DmaWriter": "dma_writer",
 }

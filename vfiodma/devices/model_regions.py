@@ -276,6 +276,62 @@ class CcwCrwRegion(ModelRegion):
         return struct.pack("=II", word, 0)[offset:offset + size]
 
 
+class ChannelDevice:
+    """A subchannel with one I/O region, which is memory; its other regions are given by `DeviceWithRegions`.
+
+    Interrupts: VFIO_CCW_IO_IRQ_INDEX, VFIO_CCW_CRW_IRQ_INDEX, VFIO_CCW_REQ_IRQ_INDEX, raised by ``irqs.trigger(index)``
+    while the device is open (``irqs`` is None else).
+
+    Parameters
+    ----------
+    address : str
+    size : int
+        Bytes of the I/O region.
+    """
+
+    bus = abi.VFIO_DEVICE_FLAGS_CCW
+    region_count = abi.VFIO_CCW_NUM_REGIONS
+    irq_indexes = abi.VFIO_CCW_NUM_IRQS
+
+    def __init__(self, address: str, size: int = 636) -> None:
+        self.address = address
+        self.port: Any = None
+        self.irqs: Any = None
+        self.memory = bytearray(size)
+
+    def connect(self, port: Any) -> None:
+        """Note the way to memory."""
+        self.port = port
+
+    def disconnect(self) -> None:
+        """Forget it."""
+        self.port = None
+
+    def set_irq_sink(self, irqs: Any) -> None:
+        """Note what interrupts are raised with."""
+        self.irqs = irqs
+
+    def region_size(self, index: int) -> int:
+        """Bytes of a region."""
+        return len(self.memory) if index == abi.VFIO_CCW_CONFIG_REGION_INDEX else 0
+
+    def region_read(self, index: int, offset: int, size: int) -> bytes:
+        """Read the I/O region."""
+        return bytes(self.memory[offset:offset + size])
+
+    def region_write(self, index: int, offset: int, data: bytes) -> None:
+        """Write the I/O region."""
+        self.memory[offset:offset + len(data)] = data
+
+    def irq_count(self, index: int) -> int:
+        """One of each index."""
+        return int(index < self.irq_indexes)
+
+    def reset(self) -> None:
+        """Clear the I/O region."""
+        self.memory[:] = bytes(len(self.memory))
+
+
 class DeviceWithRegions:
     """A software device with more regions, numbered from 9 on (or from where its own end).
 
@@ -301,7 +357,8 @@ class DeviceWithRegions:
     def __init__(self, device: Any, regions: Iterable[ModelRegion]) -> None:
         self.device = device
         self.address: str = device.address
-        first = max(abi.VFIO_PCI_NUM_REGIONS, getattr(device, "region_count", 0))
+        on_pci = getattr(device, "bus", abi.VFIO_DEVICE_FLAGS_PCI) == abi.VFIO_DEVICE_FLAGS_PCI
+        first = max(abi.VFIO_PCI_NUM_REGIONS if on_pci else 0, getattr(device, "region_count", 0))
         self.extra = dict(enumerate(regions, first))
         self.region_count = first + len(self.extra)
 

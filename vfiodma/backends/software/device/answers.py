@@ -1,10 +1,11 @@
 """What a call on a device's descriptor comes to: the table of ioctls."""
 import errno
+from collections.abc import Callable
 from typing import Any
 
 from ...._core.errno import error
 from ....uapi import vfio as abi
-from . import regions
+from . import regions, simple_irqs
 from .features import device_feature
 from .gfx import get_dmabuf, query_plane
 from .info import get_info
@@ -20,6 +21,13 @@ _TABLE = {
     abi.VFIO_DEVICE_IOEVENTFD: lambda state, arg: state.ioeventfds.ioctl(arg),
     abi.VFIO_DEVICE_QUERY_GFX_PLANE: query_plane,
     abi.VFIO_DEVICE_GET_GFX_DMABUF: get_dmabuf,
+}
+_TABLE_NOT_PCI: dict[int, Callable[[Any, int], int]] = {
+    abi.VFIO_DEVICE_GET_INFO: get_info,
+    abi.VFIO_DEVICE_GET_REGION_INFO: get_region_info,
+    abi.VFIO_DEVICE_GET_IRQ_INFO: simple_irqs.get_irq_info,
+    abi.VFIO_DEVICE_SET_IRQS: simple_irqs.set_irqs,
+    abi.VFIO_DEVICE_RESET: lambda state, arg: reset(state),
 }
 
 
@@ -42,6 +50,10 @@ def device_ioctl(file: Any, request: int, arg: int) -> int:
     """
     state = file.state
     state.wake()
+    if not state.on_pci:
+        if request not in _TABLE_NOT_PCI:
+            raise error(errno.ENOTTY, "device_ioctl", hint=f"request {request:#x} of a device that is not on PCI")
+        return _TABLE_NOT_PCI[request](state, arg)
     if request in _TABLE:
         return _TABLE[request](state, arg)
     if request == abi.VFIO_DEVICE_RESET:

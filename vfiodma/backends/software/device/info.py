@@ -15,9 +15,9 @@ def get_info(state: DeviceState, arg: int) -> int:
     layout = abi.vfio_device_info
     values = read_struct(layout, _MINIMUM, arg, "device_get_info")
     argsz, device = values["argsz"], state.device
-    flags = abi.VFIO_DEVICE_FLAGS_PCI | (abi.VFIO_DEVICE_FLAGS_RESET if state.can_reset else 0)
+    flags = state.bus | (abi.VFIO_DEVICE_FLAGS_RESET if state.can_reset else 0)
     reply: dict[str, Any] = {"argsz": argsz, "flags": flags, "num_regions": state.region_count,
-                             "num_irqs": abi.VFIO_PCI_NUM_IRQS, "cap_offset": 0, "pad": 0}
+                             "num_irqs": state.irq_indexes, "cap_offset": 0, "pad": 0}
     size, capabilities = _MINIMUM, b""              # 5.4 has neither capabilities nor cap_offset
     if state.at_least("5.12"):
         capabilities = chain(layout.size, getattr(device, "info_caps", ()))

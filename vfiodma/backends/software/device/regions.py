@@ -27,11 +27,12 @@ def _flags(state: "DeviceState", index: int) -> int:
         return 0
     if hasattr(state.device, "region_flags"):
         return state.device.region_flags(index)
-    return _READ if index == _ROM else _READ | _WRITE
+    return _READ if index == _ROM and state.on_pci else _READ | _WRITE
 
 
 def _exists(state: "DeviceState", index: int) -> bool:
-    return index < state.region_count and (index != _VGA or bool(state.device.region_size(_VGA)))
+    return index < state.region_count and (
+        index != _VGA or not state.on_pci or bool(state.device.region_size(_VGA)))
 
 
 def get_region_info(state: "DeviceState", arg: int) -> int:
@@ -74,18 +75,18 @@ def sparse_capability(areas: list[tuple[int, int]]) -> tuple[int, int, bytes]:
 def _place(state: "DeviceState", offset: int, size: int, write: bool) -> tuple[int, int, int]:
     """Split a file offset into region, offset in it and size, cut at the region's end."""
     index, at = offset >> OFFSET_SHIFT, offset & ((1 << OFFSET_SHIFT) - 1)
-    if offset < 0 or not _exists(state, index) or write and index == _ROM:
+    if offset < 0 or not _exists(state, index) or write and index == _ROM and state.on_pci:
         raise error(errno.EINVAL, "device_access", size=size, hint=f"file offset {offset:#x} is in no region")
     end = state.device.region_size(index)
-    if index == _CONFIG:
+    if index == _CONFIG and state.on_pci:
         if at + size > end:
             raise error(errno.EFAULT, "device_access", size=size, hint=f"the configuration space has {end} bytes")
     elif at >= end:
         raise error(errno.EINVAL, "device_access", size=size, hint=f"file offset {offset:#x} is in no region")
-    elif index >= _STANDARD and not _flags(state, index) & (_WRITE if write else _READ):
+    elif (index >= _STANDARD or not state.on_pci) and not _flags(state, index) & (_WRITE if write else _READ):
         raise error(errno.EINVAL, "device_access", size=size,
                     hint=f"region {index} can not be {'written' if write else 'read'}")
-    elif index < _ROM and not _memory_enabled(state):
+    elif state.on_pci and index < _ROM and not _memory_enabled(state):
         raise error(errno.EIO, "device_access", size=size, hint="memory access is off in the command register")
     return index, at, min(size, end - at)
 
@@ -129,7 +130,7 @@ def pread(state: "DeviceState", size: int, offset: int) -> bytes:
         return b""
     index, at, size = _place(state, offset, size, False)
     read = state.device.region_read
-    if index > _ROM - 1:
+    if index > _ROM - 1 or not state.on_pci:
         return read(index, at, size)
     return b"".join(b"\xff" * width if table else read(index, place, width)
                     for place, width, table in _pieces(state, index, at, size))
@@ -141,9 +142,9 @@ def pwrite(state: "DeviceState", data: bytes, offset: int) -> int:
         return 0
     index, at, size = _place(state, offset, len(data), True)
     write = state.device.region_write
-    if index > _ROM - 1:
+    if index > _ROM - 1 or not state.on_pci:
         write(index, at, data[:size])
-        if index == _CONFIG and at < _COMMAND + 2 and at + size > _COMMAND:
+        if state.on_pci and index == _CONFIG and at < _COMMAND + 2 and at + size > _COMMAND:
             command = int.from_bytes(state.device.region_read(_CONFIG, _COMMAND, 2), "little")
             state.irqs.disable_intx(bool(command & _INTX_DISABLED))
         return size
@@ -156,8 +157,8 @@ def pwrite(state: "DeviceState", data: bytes, offset: int) -> int:
 def mmap(state: "DeviceState", size: int, offset: int, prot: int) -> memoryview:
     """Map registers: a view of the device's own memory."""
     index, at = offset >> OFFSET_SHIFT, offset & ((1 << OFFSET_SHIFT) - 1)
-    if size <= 0 or offset < 0 or offset % _PAGE or not _exists(state, index) or index in (_ROM, _CONFIG, _VGA) \
-            or not _flags(state, index) & _MMAP:
+    if size <= 0 or offset < 0 or offset % _PAGE or not _exists(state, index) \
+            or (state.on_pci and index in (_ROM, _CONFIG, _VGA)) or not _flags(state, index) & _MMAP:
         raise error(errno.EINVAL, "device_mmap", size=size, hint=f"nothing at file offset {offset:#x} can be mapped")
     length = -(-state.device.region_size(index) // _PAGE) * _PAGE
     if at + -(-size // _PAGE) * _PAGE > length:

@@ -5,9 +5,11 @@ from typing import Any
 from ...._core.type1 import VERSIONS
 from ....protocols import DmaPort, SoftwareDevice
 from ....uapi import vfio as abi
+from .arguments import Eventfd
 from .ioeventfd import IoEventfds
 from .irqs import Irqs
 from .migration import Migration
+from .simple_irqs import SimpleSink
 from .watch import Watch
 
 _CONFIG, _COMMAND = abi.VFIO_PCI_CONFIG_REGION_INDEX, 4
@@ -33,6 +35,10 @@ class DeviceState:
         self.device: Any = device
         self.port: Any = port
         self.version = VERSIONS[group.vfio.kernel]
+        self.bus: int = getattr(device, "bus", abi.VFIO_DEVICE_FLAGS_PCI)
+        self.on_pci = self.bus == abi.VFIO_DEVICE_FLAGS_PCI
+        self.irq_indexes: int = abi.VFIO_PCI_NUM_IRQS if self.on_pci else optional.irq_indexes
+        self.simple_irqs: dict[int, Eventfd] = {}           # by index, where it is not on PCI
         self.lock = threading.RLock()       # of what is here, but not of `irqs`, which devices call into
         self.watch = Watch(f"eventfds of {device.address}")
         self.msix_table: tuple[int, int, int] | None = getattr(device, "msix_table", None)
@@ -49,7 +55,7 @@ class DeviceState:
         self.has_command = False
         self._enable()
         if hasattr(device, "set_irq_sink"):
-            optional.set_irq_sink(self.irqs)
+            optional.set_irq_sink(self.irqs if self.on_pci else SimpleSink(self))
 
     def at_least(self, kernel: str) -> bool:
         """Whether the kernel is that one or a newer one."""
@@ -63,12 +69,12 @@ class DeviceState:
     @property
     def region_count(self) -> int:
         """Regions, device-specific ones included."""
-        return max(abi.VFIO_PCI_NUM_REGIONS, getattr(self.device, "region_count", 0))
+        return max(abi.VFIO_PCI_NUM_REGIONS if self.on_pci else 0, getattr(self.device, "region_count", 0))
 
     def _enable(self) -> None:
         """Enable memory access, disable bus mastering: what opening a device begins with."""
         device = self.device
-        if not hasattr(device, "region_size") or device.region_size(_CONFIG) < _HEADER_END:
+        if not self.on_pci or not hasattr(device, "region_size") or device.region_size(_CONFIG) < _HEADER_END:
             return                          # an emulated device may be nothing but a source of DMA
         command = int.from_bytes(device.region_read(_CONFIG, _COMMAND, 2), "little")
         memory = _MEMORY if any(device.region_size(bar) for bar in range(6)) else 0
@@ -92,7 +98,7 @@ class DeviceState:
 
     def reset(self) -> None:
         """Reset the device as the kernel does: its configuration is saved before and restored after."""
-        device, size = self.device, min(self.device.region_size(_CONFIG), _HEADER_END)
+        device, size = self.device, min(self.device.region_size(_CONFIG), _HEADER_END) if self.on_pci else 0
         saved = device.region_read(_CONFIG, 0, size) if size else b""
         device.reset()
         for offset in (*range(8, size, 4), _COMMAND) if size else ():
@@ -111,6 +117,9 @@ class DeviceState:
             self.device.set_irq_sink(None)
         self.ioeventfds.close()
         self.irqs.close()
+        with self.lock:
+            while self.simple_irqs:
+                self.simple_irqs.popitem()[1].close()
         self.watch.close()
         self.leave_low_power()
 
