@@ -67,6 +67,18 @@ BY_HAND: list[tuple[str, str, str, str, str]] = [
     ("IOMMU_INV_GRANU_(DOMAIN|PASID|ADDR)", "software", "vfiodma/_core/nesting.pyx", "BY_DOMAIN = 0", "by number"),
     ("VFIO_IOMMU_NESTING_OP_.*", "software", "vfiodma/_core/nesting.pyx", "UNBIND = 1", "by number"),
     ("IOMMU_PASID_FORMAT_INTEL_VTD", "software", "vfiodma/_core/nesting.pyx", "VTD = 1", "by number"),
+    ("iommu_inv_(addr|pasid)_info|iommu_gpasid_bind_data_vtd|iommu_nesting_info_vtd", "software",
+     "vfiodma/_core/uapi.pxd", "inv_addr_info addr_info", "part of another"),
+    ("IOMMU_SVA_VTD_GPASID_(CD|EMTE|PCD|PWT|MTS_MASK)", "software", "vfiodma/_core/nesting.pyx", "BIND_MEMORY_TYPES",
+     "refused"),
+    ("IOMMU_SVA_VTD_GPASID_(SRE|EAFE)", "software", "vfiodma/_core/nesting.pyx", "BIND_SRE_EAFE", "by number"),
+    ("IOMMU_(GPASID_BIND|CACHE_INVALIDATE_INFO)_VERSION_1", "software", "vfiodma/_core/nesting.pyx", ".version != 1",
+     "by number"),
+    ("IOMMU_INV_(ADDR|PASID)_FLAGS_.*", "software", "vfiodma/_core/nesting.pyx", "_info.flags & ~", "by number"),
+    ("VFIO_DEVICE_FLAGS_.*", "software", "vfiodma/backends/software/device/state.py", 'getattr(device, "bus"',
+     "what a device's bus has"),
+    ("VFIO_CCW_.*_IRQ_INDEX", "software", "vfiodma/backends/software/device/simple_irqs.py", ">= state.irq_indexes",
+     "by number"),
     # kernel
     ("vfio_device_feature_dma_logging_range", "kernel", "vfiodma/devices/dma_log.py", "_MAX_RANGES = 256", "by hand"),
     ("vfio_device_low_power_entry_with_wakeup", "kernel", "vfiodma/devices/features.py",
@@ -81,8 +93,6 @@ BY_HAND: list[tuple[str, str, str, str, str]] = [
      "Regions.find"),
     ("VFIO_DMA_MAP_FLAG_(READ|WRITE)", "kernel", "vfiodma/types.py", "class Prot", "Prot"),
     # tests
-    ("VFIO_DEVICE_GET_IRQ_INFO|VFIO_IRQ_INFO_.*|vfio_irq_info", "tests", "tests/device_answers.py", "INFO, REGION, IRQ",
-     "by number"),
     ("VFIO_EEH_PE_OP|VFIO_IOMMU_(ENABLE|DISABLE|SPAPR_.*)", "tests", "tests/unit/test_spapr.py",
      "GET_INFO, MAP, UNMAP, ENABLE, DISABLE, REGISTER, UNREGISTER, CREATE, REMOVE, EEH = range", "by number"),
     ("vfio_eeh_pe_(op|err)|VFIO_EEH_PE_(ENABLE|DISABLE|GET_STATE|INJECT_ERR|STATE_UNAVAIL)", "tests",
@@ -138,6 +148,10 @@ BY_HAND: list[tuple[str, str, str, str, str]] = [
     ("VFIO_GFX_PLANE_TYPE_PROBE", "tests", "tests/unit/test_software_device_regions.py", "gfx(device, 3)", "by number"),
     ("VFIO_DEVICE_INFO_CAP_ZPCI_.*", "tests", "tests/unit/test_software_device_regions.py", "(4, 2, b\"abc\")",
      "as any capability"),
+    ("VFIO_IOMMU_NESTING_OP_.*|vfio_iommu_type1_nesting_op", "tests", "tests/unit/test_nesting_op.py",
+     "abi.VFIO_IOMMU_NESTING_OP, struct.pack(", "by number"),
+    ("IOMMU_(PASID_FORMAT_INTEL_VTD|GPASID_BIND_VERSION_1)", "tests", "tests/unit/test_nesting_op.py",
+     '"version": 1, "format": 1', "by number"),
     ("VFIO_API_VERSION", "tests", "tests/oracle/container.py", "GET_API_VERSION", "by number"),
 ]
 
@@ -153,6 +167,8 @@ NOTHING_TO_DO: list[tuple[str, tuple[str, ...], str]] = [
      "not needed: closing does it, or the next call tells"),
     ("VFIO_(TYPE1_NESTING_IOMMU|EEH|DMA_CC_IOMMU)|VFIO_IOMMU_DISABLE", ("kernel",),
      "not needed: the typed side chooses by what it does; closing disables"),
+    ("IOMMU_(CACHE_INV_TYPE_NR|INV_GRANU_NR|PASID_FORMAT_LAST|SVA_VTD_GPASID_LAST)", ("software", "kernel", "tests"),
+     "a limit, not a value of a call"),
     ("VFIO_DEVICE_API_.*_STRING", ("software", "kernel", "tests"), "a text of sysfs, not of a call"),
 ]
 

@@ -296,8 +296,9 @@ def test_devices_reach_mapped_memory_and_a_fault_freezes_the_endpoint(memory):
         assert container.eeh_state is EehState.NORMAL and port.read(0x10ff0, 4) == b"over"
         container.inject_error(19)
         assert container.eeh_state is EehState.STOPPED
-        container.eeh(EehOp.RESET_HOT)
-        assert container.eeh_state is EehState.RESET
+        for reset in (EehOp.RESET_HOT, EehOp.RESET_FUNDAMENTAL):
+            container.eeh(reset)
+            assert container.eeh_state is EehState.RESET
         container.eeh(EehOp.RESET_DEACTIVATE)
         container.eeh(EehOp.CONFIGURE)
         assert container.eeh_state is EehState.NORMAL
