@@ -50,6 +50,7 @@ class Line:
         self.receiver = None
         self.failure, self.phase, self.runs = None, None, 0
         self.options = options
+        self.breaks = options.pop("breaks", 1000)
         self.target = target
         self.thread = threading.Thread(target=self.serve)
         self.thread.start()
@@ -69,7 +70,7 @@ class Line:
         try:
             self.receiver = PageReceiver(self.accept(), lambda hello: self.target, accept=self.accept,
                                          **self.options)
-            self.phase = self.receiver.serve(5, breaks=1000)
+            self.phase = self.receiver.serve(5, breaks=self.breaks)
             if self.phase is Phase.OWNER:
                 self.runs += 1
             # The answer may have got lost: the next connection is told.

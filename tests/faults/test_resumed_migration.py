@@ -326,3 +326,30 @@ def test_a_destination_that_can_not_write_that_it_owns_the_guest_is_asked_again(
             line.close()
         assert journal.failed == line.runs == 1 and source.handover.state is SourceState.GIVEN
         assert content_of(memory) == content_of(target)
+
+
+def test_strangers_do_not_end_the_wait_for_a_source_that_broke_off():
+    machine, events = Machine(), []
+    with guest(CONTENT) as memory, guest([bytes(4096), bytes(4096)]) as target:
+        line = Line(target, [4000], breaks=3)
+        connect = line.connect
+
+        def past_strangers():
+            for _ in range(12 if len(line.opened) == 1 else 0):
+                stranger = connect()
+                with contextlib.suppress(MigrationError):
+                    stranger.send([b"GET / HTTP/1.0\r\n" * 20])
+                stranger.close()
+            return connect()
+
+        first = connect()
+        try:
+            with MemoryLayout(memory, PGSIZE) as layout, PrecopySource(
+                    first, downtime_limit=1e-9, max_rounds=1, connect=past_strangers, on_event=events.append) as source:
+                source.introduce(memory, PGSIZE)
+                source.migrate(layout, LogTracker(layout), machine)
+                source.release()
+        finally:
+            line.close()
+        assert any(isinstance(event, Resumed) for event in events)
+        assert line.runs == 1 and content_of(memory) == content_of(target)

@@ -12,6 +12,7 @@ from .stream import Hello, Kind, Ready
 # What a stranger's connection may end with; the one that is waited for comes all the same.
 _STRANGERS = {errno.EPROTO, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EKEYREJECTED}
 
+_JOIN = 2.0     # seconds for a JOIN to come over a new connection
 _LOOK = 0.1     # seconds between looks at channel 0
 
 
@@ -98,6 +99,9 @@ def accept_channels(accept: Callable[[float], Any], control: Any, hello: Hello, 
                     raise
                 continue
             joining = FrameChannel(transport)
+            if not transport.wait_readable(min(left, _JOIN)):       # who says nothing keeps nobody waiting
+                transport.close()
+                continue
             try:
                 index = _receive_join(joining, hello)
                 if index in channels or index >= ready.channels:

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import hmac
+import time
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -179,7 +180,8 @@ class PageReceiver:
         wait : float
             Seconds for the source to come back, where ``accept`` was given.
         breaks : int
-            That may follow each other without an epoch between them.
+            That may follow each other without an epoch between them.  Strangers, who do not get as far as READY, are
+            no breaks, and prolong no wait.
         on_break : callable, optional
             Called with the error of each connection that broke.
 
@@ -189,7 +191,7 @@ class PageReceiver:
             Of the last connection, or of ``accept``.  Then the guest does not run here, and may be given by a later
             connection still; ``handover.abort()`` makes sure that it never will.
         """
-        left, epoch = breaks, self.epoch
+        left, epoch, until = breaks, self.epoch, time.monotonic() + wait
         try:
             while True:
                 try:
@@ -199,14 +201,15 @@ class PageReceiver:
                 except VfioError as exc:
                     if self.handover.phase is Phase.OWNER:      # written down: the answer to it got lost
                         return self.handover.phase
-                    left = breaks if self.epoch != epoch else left - 1
-                    epoch = self.epoch
+                    if self._greeted:
+                        left = breaks if self.epoch != epoch else left - 1
+                        epoch, until = self.epoch, time.monotonic() + wait
                     if self.handover.phase is Phase.ABORTED or left < 0 or self._accept is None:
                         raise
                     if on_break is not None:
                         on_break(exc)
                 self._channel.close()       # the source is to notice as well
-                self.reconnect(self._accept(wait))
+                self.reconnect(self._accept(max(until - time.monotonic(), 0.001)))
         finally:
             self._channel.close()
 
