@@ -20,7 +20,7 @@ def test_examples_of_docstrings_print_what_they_say(name):
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/devices.md", "docs/snapshots.md",
-                                      "docs/device-state.md", "docs/spapr.md", "docs/iommufd.md"])
+                                      "docs/device-state.md", "docs/spapr.md", "docs/iommufd.md", "docs/nesting.md"])
 def test_python_examples_of_documents_run(document):
     for block in re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL):
         exec(compile(block, document, "exec"), {"__name__": "example"})

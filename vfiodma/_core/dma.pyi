@@ -2,6 +2,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from ..types import DmaFault
 from .type1 import IommuGroup, Type1
 
@@ -11,6 +13,9 @@ class DmaPath:
 
 class Type1Path(DmaPath):
     def __init__(self, type1: Type1, group: IommuGroup) -> None: ...
+    def translate_many(self, addresses: Any, pasid: int | None = None, perm: int = 1) -> np.ndarray: ...
+    @property
+    def cached(self) -> tuple[int, int]: ...
 
 class DmaPort:
     device: str

@@ -13,7 +13,8 @@ from libc.string cimport memcpy, memset
 from .args cimport acquire, new_bytes, u64
 from .errno cimport raise_errno
 from .nesting cimport (
-    PAGEWALK_PASID_FETCH, PAGEWALK_PRIV, PAGEWALK_READ, PAGEWALK_WRITE, nested_access, pagewalk_fault,
+    PAGEWALK_PASID_FETCH, PAGEWALK_PRIV, PAGEWALK_READ, PAGEWALK_WRITE, cache_size, nested_access, pagewalk_fault,
+    translate_many,
 )
 from .pinning cimport device_access, dma_rw
 from .state cimport (
@@ -105,6 +106,50 @@ cdef class Type1Path(DmaPath):
 
     cdef int check_process(self, str operation) except -1:
         return self.type1.check_process(operation)
+
+    def translate_many(self, addresses, pasid=None, perm=1):
+        """Translate a device's addresses as an access would, without one.
+
+        Parameters
+        ----------
+        addresses : (n,) uint64 array
+        pasid : int or None
+            The table to walk before the container's mappings; None: those alone.
+        perm : int
+            1 read, 2 write, 8 privileged.
+
+        Returns
+        -------
+        (n,) uint64 array
+            Addresses of this process; 2**64 - 1 where the access would be a fault.
+
+        Notes
+        -----
+        Accessed and dirty flags are set and translations cached, as for an access; faults are not reported.  The GIL is
+        released.
+        """
+        import numpy
+        cdef Py_buffer view
+        cdef uint64_t[::1] rows
+        cdef uint64_t number = 0 if pasid is None else u64("translate_many", pasid)
+        cdef unsigned access = perm
+        cdef bint nested = pasid is not None
+        self.type1.check_process("translate_many")
+        acquire(addresses, &view, 0, "translate_many")
+        try:
+            found = numpy.empty(view.len // 8, numpy.uint64)
+            rows = found
+            if view.len:
+                with nogil:
+                    translate_many(self.type1.t, <uint64_t *> view.buf, &rows[0], view.len // 8, nested, number, access)
+        finally:
+            PyBuffer_Release(&view)
+        return found
+
+    @property
+    def cached(self):
+        """Translations in the cache of the first stage, and the bytes that it takes."""
+        return cache_size(self.type1.t)
 
     def pin_pages(self, iova, npages, prot):
         """Pin pages of an emulated device; see Type1.pin_pages."""

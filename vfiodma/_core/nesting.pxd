@@ -28,3 +28,6 @@ cdef int nested_translate(type1_t *t, uint64_t pasid, uint64_t address, unsigned
                           pagewalk_fault *fault) noexcept nogil
 cdef int nested_access(type1_t *t, uint64_t pasid, uint64_t address, void *data, uint64_t size, unsigned access,
                        uint64_t *gpa, uint64_t *done, pagewalk_fault *fault) noexcept nogil
+cdef size_t translate_many(type1_t *t, const uint64_t *addresses, uint64_t *out, size_t n, bint nested, uint64_t pasid,
+                           unsigned access) noexcept nogil
+cdef tuple cache_size(type1_t *t)

@@ -33,6 +33,8 @@ cdef extern from "pagewalk.h" nogil:
     int pagewalk_bind(pagewalk *, uint32_t pasid, uint64_t root, unsigned levels, unsigned flags)
     bint pagewalk_unbind(pagewalk *, uint32_t pasid)
     bint pagewalk_bound(pagewalk *, uint32_t pasid)
+    size_t pagewalk_cached(pagewalk *)
+    size_t pagewalk_cache_bytes(pagewalk *)
     int pagewalk_translate(pagewalk *, const pagewalk_memory *, uint64_t pasid, uint64_t address, unsigned access,
                            pagewalk_result *, pagewalk_fault *)
     void pagewalk_flush_pages(pagewalk *, uint32_t pasid, uint64_t address, unsigned order)
@@ -40,6 +42,7 @@ cdef extern from "pagewalk.h" nogil:
 
 cdef enum:
     PASIDS = 1 << 20
+    CHUNK = 1024                        # translations for which mappings can't change
     MOST_CACHED = 1 << 22               # translations kept
     VTD = 1                             # IOMMU_PASID_FORMAT_INTEL_VTD
     BIND = 0
@@ -328,3 +331,39 @@ cdef int nested_access(type1_t *t, uint64_t pasid, uint64_t address, void *data,
         fault.reason = PAGEWALK_PERMISSION if err == -EPERM else PAGEWALK_UNKNOWN if err == -EFAULT else PAGEWALK_PTE_FETCH
         return -EFAULT
     return 0
+
+
+cdef size_t translate_many(type1_t *t, const uint64_t *addresses, uint64_t *out, size_t n, bint nested, uint64_t pasid,
+                           unsigned access) noexcept nogil:
+    """The process's addresses of what devices would reach, or UINT64_MAX; returns how many are found."""
+    cdef pagewalk_result found
+    cdef pagewalk_fault fault
+    cdef uint64_t at
+    cdef dma_t *dma
+    cdef size_t i = 0, stop, hits = 0
+    while i < n:
+        stop = min(n, i + CHUNK)
+        pthread_rwlock_rdlock(&t.iotlb)
+        while i < stop:
+            at = addresses[i]
+            out[i] = <uint64_t> -1
+            if not nested or not translate(t, pasid, at, access, &found, &fault):
+                at = found.gpa if nested else at
+                dma = find_mapping(t, at)
+                if dma and dma.pages:
+                    out[i] = dma.vaddr + (at - dma.iova)
+                    hits += 1
+            i += 1
+        pthread_rwlock_unlock(&t.iotlb)
+    return hits
+
+
+cdef tuple cache_size(type1_t *t):
+    """(translations, bytes) of the cache; takes `iotlb`."""
+    cdef size_t n = 0, size = 0
+    with nogil:
+        pthread_rwlock_rdlock(&t.iotlb)
+        if t.nest:
+            n, size = pagewalk_cached(t.nest), pagewalk_cache_bytes(t.nest)
+        pthread_rwlock_unlock(&t.iotlb)
+    return n, size

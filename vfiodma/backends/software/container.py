@@ -75,6 +75,16 @@ class SoftwareContainer:
         raise error(errno.ENODEV, "group_get_device_fd", hint=f"{address} is not in a group of this container")
 
     @property
+    def fd(self):
+        """The container's descriptor, for calls of ``system``; it stays the container's."""
+        return self._fds[0]
+
+    @property
+    def paths(self):
+        """The devices' ways through the IOMMU, by address."""
+        return {address: path for group in self._groups for address, path in group.paths.items()}
+
+    @property
     def ports(self):
         """The DMA ports of the devices, by address."""
         return {address: port for group in self._groups for address, port in group.ports.items()}
