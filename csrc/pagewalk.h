@@ -65,6 +65,10 @@ bool pagewalk_bound(pagewalk *, uint32_t pasid);
 int pagewalk_translate(pagewalk *, const pagewalk_memory *, uint64_t pasid, uint64_t address, unsigned access,
                        pagewalk_result *, pagewalk_fault *);
 
+/* The same for n addresses; UINT64_MAX where it would fail. */
+void pagewalk_translate_many(pagewalk *, const pagewalk_memory *, uint64_t pasid, const uint64_t *addresses, uint64_t *gpas,
+                             size_t n, unsigned access);
+
 /* Drop the pages of a PASID that have a byte of the 2^order 4 KiB pages around `address`; order above 51: all. */
 void pagewalk_flush_pages(pagewalk *, uint32_t pasid, uint64_t address, unsigned order);
 /* Drop what is cached of a PASID except global pages. */

@@ -9,7 +9,7 @@ import threading
 from libc.errno cimport EBUSY, EFAULT, EINVAL, ENOENT, EOPNOTSUPP, EPERM
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from .args cimport u64
 from .errno cimport raise_errno
@@ -37,6 +37,8 @@ cdef extern from "pagewalk.h" nogil:
     size_t pagewalk_cache_bytes(pagewalk *)
     int pagewalk_translate(pagewalk *, const pagewalk_memory *, uint64_t pasid, uint64_t address, unsigned access,
                            pagewalk_result *, pagewalk_fault *)
+    void pagewalk_translate_many(pagewalk *, const pagewalk_memory *, uint64_t pasid, const uint64_t *addresses, uint64_t *gpas,
+                                 size_t n, unsigned access)
     void pagewalk_flush_pages(pagewalk *, uint32_t pasid, uint64_t address, unsigned order)
     void pagewalk_flush_pasid(pagewalk *, uint32_t pasid)
 
@@ -336,23 +338,28 @@ cdef int nested_access(type1_t *t, uint64_t pasid, uint64_t address, void *data,
 cdef size_t translate_many(type1_t *t, const uint64_t *addresses, uint64_t *out, size_t n, bint nested, uint64_t pasid,
                            unsigned access) noexcept nogil:
     """The process's addresses of what devices would reach, or UINT64_MAX; returns how many are found."""
-    cdef pagewalk_result found
-    cdef pagewalk_fault fault
+    cdef pagewalk_memory memory
     cdef uint64_t at
     cdef dma_t *dma
     cdef size_t i = 0, stop, hits = 0
+    memory.context, memory.load, memory.update = t, load_entry, update_entry
     while i < n:
         stop = min(n, i + CHUNK)
         pthread_rwlock_rdlock(&t.iotlb)
+        if nested and t.nest:
+            pagewalk_translate_many(t.nest, &memory, pasid, addresses + i, out + i, stop - i, access)
+        elif nested:
+            memset(out + i, 0xff, (stop - i) * 8)
+        else:
+            memcpy(out + i, addresses + i, (stop - i) * 8)
         while i < stop:
-            at = addresses[i]
-            out[i] = <uint64_t> -1
-            if not nested or not translate(t, pasid, at, access, &found, &fault):
-                at = found.gpa if nested else at
-                dma = find_mapping(t, at)
-                if dma and dma.pages:
-                    out[i] = dma.vaddr + (at - dma.iova)
-                    hits += 1
+            at = out[i]
+            dma = NULL if nested and at == <uint64_t> -1 else find_mapping(t, at)
+            if dma and dma.pages:
+                out[i] = dma.vaddr + (at - dma.iova)
+                hits += 1
+            else:
+                out[i] = <uint64_t> -1
             i += 1
         pthread_rwlock_unlock(&t.iotlb)
     return hits
