@@ -99,8 +99,8 @@ def test_fixed_costs_count():
     decision = convergence.decide()
     assert decision.step is Step.CONTINUE
     parts = decision.prediction.breakdown
-    assert (parts.stop, parts.scan, parts.send, parts.acknowledgement) == (0.002, 0.15, 0.0, 0.05)
-    assert parts.device_state == pytest.approx(0.1) and parts.total == pytest.approx(0.332)
+    assert (parts.stop, parts.scan, parts.send, parts.acknowledgement) == (0.0005, 0.15, 0.0, 0.05)
+    assert parts.device_state == pytest.approx(0.1) and parts.total == pytest.approx(0.3305)
 
 
 def test_short_rounds_hardly_change_the_bandwidth_but_tell_the_fixed_cost():

@@ -77,7 +77,7 @@ class Sample:
 class Costs:
     """What a downtime takes besides memory: known or guessed by the engine, which may change it between rounds."""
 
-    stop: float = 0.002             #: seconds that devices and CPUs take to stand still
+    stop: float = 0.0005            #: seconds that devices and CPUs take to stand still
     device_bytes: int = 0           #: state that is left for the downtime, in bytes: of the devices' PRE_COPY estimates
     device_rate: float = 0.0        #: bytes/s of reading and sending it; 0 = that of the link
     device_state: float = 0.0       #: seconds of it that do not depend on the bytes
