@@ -17,7 +17,6 @@ from vfiodma.errors import (
     InvalidArgumentError,
     LockedMemoryError,
     NoDeviceError,
-    NotMappedError,
     UnsupportedError,
     VfioError,
 )
@@ -192,22 +191,22 @@ def test_a_user_whom_the_nodes_belong_to_needs_no_other_right(memory):
 @needs_iommu
 def test_a_missing_container_node_is_enoent():
     with missing("/dev/vfio/vfio"):
-        refused(NotMappedError, errno.ENOENT, "modprobe vfio-pci", Type1Container, [EDU])
+        refused(NoDeviceError, errno.ENOENT, "modprobe vfio-pci", Type1Container, [EDU])
     assert works()
 
 
 @needs_iommu
 def test_a_missing_group_node_is_enoent():
     with missing(f"/dev/vfio/{group_of(EDU)}"):
-        refused(NotMappedError, errno.ENOENT, "bind the group's devices to vfio-pci", Type1Container, [EDU])
-    refused(NotMappedError, errno.ENOENT, "/dev/vfio/9999 is missing", Type1Container, [OTHER], groups=[9999])
+        refused(NoDeviceError, errno.ENOENT, "bind the group's devices to vfio-pci", Type1Container, [EDU])
+    refused(NoDeviceError, errno.ENOENT, "/dev/vfio/9999 is missing", Type1Container, [OTHER], groups=[9999])
 
 
 @needs_iommu
 def test_a_missing_iommufd_is_enoent():
     with missing("/dev/iommu") if os.path.exists("/dev/iommu") else contextlib.nullcontext():
-        refused(NotMappedError, errno.ENOENT, "CONFIG_IOMMUFD", IommufdContainer, [EDU])
-        refused(NotMappedError, errno.ENOENT, "CONFIG_IOMMUFD", Type1Container, [EDU], node="/dev/iommu")
+        refused(NoDeviceError, errno.ENOENT, "CONFIG_IOMMUFD", IommufdContainer, [EDU])
+        refused(NoDeviceError, errno.ENOENT, "CONFIG_IOMMUFD", Type1Container, [EDU], node="/dev/iommu")
 
 
 @needs_iommu
