@@ -110,11 +110,12 @@ cdef class TceTables:
         pthread_rwlock_init(&self.lock, NULL)
 
     def __dealloc__(self):
-        for slot in range(SLOTS):
-            self.drop(&self.windows[slot])
+        with nogil:
+            for slot in range(SLOTS):
+                self.drop(&self.windows[slot])
         pthread_rwlock_destroy(&self.lock)
 
-    cdef void drop(self, window_t *window) noexcept:
+    cdef void drop(self, window_t *window) noexcept nogil:
         if window.entries:
             clear(window, 0, window.npages)
             free(window.entries)
@@ -135,8 +136,8 @@ cdef class TceTables:
         """Clear a window, and free its slot."""
         with nogil:
             pthread_rwlock_wrlock(&self.lock)
-        self.drop(&self.windows[slot])
-        pthread_rwlock_unlock(&self.lock)
+            self.drop(&self.windows[slot])
+            pthread_rwlock_unlock(&self.lock)
         self.forget()
 
     cdef int forget(self) except -1:
