@@ -1,6 +1,8 @@
 """Every exception of the package.  An errno becomes one of these in one place only: vfiodma._core.errno."""
 import os
 
+_MOST_WORDS = 1000
+
 
 class VfioError(OSError):
     """A failed operation on an I/O address space.
@@ -129,3 +131,21 @@ class MissingExtraError(ImportError):
 
     def __init__(self, library, extra):
         super().__init__(f"{library} is not installed: pip install 'vfiodma[{extra}]'", name=library)
+
+
+def peer_words(words: "str | bytes | bytearray | memoryview") -> str:
+    """Return what another process said as it may be shown: nothing that a terminal would obey, and no more than fits.
+
+    Parameters
+    ----------
+    words : str or bytes-like
+        UTF-8.
+
+    Returns
+    -------
+    str
+        Printable characters, 1000 at most; U+FFFD in place of others.
+    """
+    if not isinstance(words, str):
+        words = bytes(words[:4 * _MOST_WORDS]).decode(errors="replace")
+    return "".join(char if char.isprintable() else "\ufffd" for char in words[:_MOST_WORDS])

@@ -2,6 +2,8 @@
 import contextlib
 import io
 import json
+import os
+import subprocess
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -77,6 +79,18 @@ def test_what_can_not_be_is_refused_in_words(options, words, status, recorded):
     done = trace(*options, cwd=folder)
     assert done.returncode == status and "Traceback" not in done.stderr
     assert words in " ".join(done.stderr.replace("│", "").split())
+
+
+def test_a_full_disk_is_an_error_of_one_line_and_the_old_trace_stays(recorded, tmp_path):
+    words = "trace record trace.jsonl --size 16M --working-set 8M --rate 256M --seconds 0.4"
+    call = f"mount -t tmpfs -o size=64k none {tmp_path} && cd {tmp_path} && head -c 40000 /dev/zero > ballast && " \
+           f"echo old > trace.jsonl && {sys.executable} -m vfiodma {words}; echo status $?; cat trace.jsonl; ls -A"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", call], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no file system of its own: {done.stderr.strip()}")
+    assert done.stdout.split() == ["status", "1", "old", "ballast", "trace.jsonl"]
+    assert done.stderr == "vfiodma: [Errno 28] write_trace: No space left on device; trace.jsonl is as it was\n"
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 40])

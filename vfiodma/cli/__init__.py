@@ -3,7 +3,7 @@ import importlib
 import sys
 from typing import Any
 
-from ..errors import MissingExtraError, VfioError
+from ..errors import MissingExtraError
 
 # Command -> (module, function), or a group of such.  The function's signature and docstring are the command's options
 # and help.
@@ -53,6 +53,6 @@ def main() -> None:
     except MissingExtraError as exc:
         print(f"vfiodma: {exc}", file=sys.stderr)
         sys.exit(2)
-    except VfioError as exc:
+    except OSError as exc:          # VfioError, or what a file system says
         print(f"vfiodma: {exc}", file=sys.stderr)
         sys.exit(1)

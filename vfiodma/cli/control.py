@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from .._core.errno import error
-from ..errors import VfioError
+from ..errors import VfioError, peer_words
 
 _LINE = 1 << 20         # bytes of an answer, at most
 _TIMEOUT = 5.0
+_PAUSE = 0.1            # seconds after an accept that failed for want of descriptors or memory
 
 
 def folder() -> Path:
@@ -60,26 +61,32 @@ class Control:
         except OSError as exc:
             self._sock.close()
             raise error(exc.errno or errno.EIO, "control", hint=f"no socket can be made at {self.path}") from None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="vfiodma-control", daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
-        while True:
+        while not self._ended.is_set():
             try:
                 sock, _ = self._sock.accept()
             except OSError:
-                return
+                self._ended.wait(_PAUSE)        # closed, or no descriptors or memory at the moment
+                continue
             with sock, contextlib.suppress(OSError, ValueError):
                 sock.settimeout(_TIMEOUT)
                 asked = sock.recv(4096).decode().strip()
-                answer = self._answers[asked]() if asked in self._answers else {
-                    "error": f"{asked!r} can't be asked: {', '.join(self._answers)}"}
+                try:
+                    answer = self._answers[asked]() if asked in self._answers else {
+                        "error": f"{asked!r} can't be asked: {', '.join(self._answers)}"}
+                except VfioError as exc:
+                    answer = {"error": str(exc)}
                 sock.sendall(json.dumps({"pid": os.getpid(), **answer}).encode() + b"\n")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
@@ -94,7 +101,7 @@ def ask(path: Path, what: str) -> dict[str, Any]:
     Raises
     ------
     VfioError
-        ESRCH: nobody is there; ETIMEDOUT, EPROTO: it does not answer, or not in JSON.
+        ESRCH: nobody is there; ETIMEDOUT, EPROTO: it does not answer, or not in JSON; EREMOTEIO: what it said instead.
     """
     try:
         with socket.socket(socket.AF_UNIX) as sock:
@@ -107,13 +114,15 @@ def ask(path: Path, what: str) -> dict[str, Any]:
         answer = json.loads(data)
         if not isinstance(answer, dict):
             raise ValueError
-        return answer
     except TimeoutError:
         raise VfioError(errno.ETIMEDOUT, operation="control", hint=f"{path} does not answer") from None
     except OSError:
         raise VfioError(errno.ESRCH, operation="control", hint=f"no migration answers at {path}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise VfioError(errno.EPROTO, operation="control", hint=f"{path} is no control socket of a migration") from None
+    if "error" in answer:
+        raise VfioError(errno.EREMOTEIO, operation="control", hint=peer_words(str(answer["error"])))
+    return {name: peer_words(value) if isinstance(value, str) else value for name, value in answer.items()}
 
 
 def running() -> list[Path]:

@@ -103,6 +103,8 @@ class Destination:
         """Put devices on the memory, at the addresses they know."""
         with understanding("the address space"):
             plan = json.loads(data)
+            if not all(address.isprintable() for address in plan["devices"]):
+                raise ValueError("the name of a device is not printable")
             self.writers = Writers([DmaWriter(address) for address in plan["devices"]])
             backend = open_backend("software", groups=[SoftwareGroup(1, self.writers.devices)], memlock_limit=None)
             self._parts.callback(backend.close)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import VfioError
+from ..errors import VfioError, peer_words
 from ..memory import GuestMemory, MemoryRegion
 from ..migration import snapshot as snapshots
 from ..migration.snapshot import Snapshot
@@ -85,7 +85,7 @@ def _print(facts: dict[str, Any], as_json: bool) -> None:
     for block in facts["blocks"]:
         print(f"block  {block['gpa']:#018x}  {amount(block['size'])}")
     for name, size in facts["states"].items():
-        print(f"state  {name}  {amount(size)}")
+        print(f"state  {peer_words(name)}  {amount(size)}")
     if "written" in facts:
         print(f"written: {amount(facts['written'])} of pages")
 
@@ -134,7 +134,7 @@ def load(
     try:
         found = snapshots.inspect(snapshot)
         for name in found.states:
-            if "/" in name or "\0" in name:
+            if "/" in name or not name.isprintable():
                 raise typer.BadParameter(f"the state {name!r} can't be the name of a file")
         memory, states = snapshots.load(snapshot, make_memory, fresh=True)
         memory.close()

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple, Self
 
 from .._core.errno import error
-from ..errors import MigrationError
+from ..errors import MigrationError, peer_words
 
 MAGIC = b"vfioLiUp"
 VERSION = 1
@@ -167,7 +167,7 @@ class Link:
                 self._descriptors(deadline, fds, min(nfds - len(fds), _BATCH))
             if kind == Kind.FAILED:
                 raise MigrationError(errno.ECANCELED, operation="live_update",
-                                     hint="the peer refuses: " + body.decode(errors="replace")[:1000])
+                                     hint="the peer refuses: " + peer_words(body))
             if kind not in kinds:
                 raise error(errno.EPROTO, "live_update", hint=f"message {kind} where "
                             f"{' or '.join(k.name for k in kinds)} was expected")

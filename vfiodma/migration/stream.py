@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .._core.errno import error
+from ..errors import peer_words
 
 try:
     import xxhash
@@ -29,6 +30,7 @@ ZEROS_BYTES = 64 << 20
 MAX_RUNS = 1 << 16
 MAX_BLOCKS = 1 << 12
 MAX_STATES = 64 << 20       # bytes of all states of a stream
+MAX_NAME = 1 << 10          # bytes of the name of one
 MAX_EPOCH = (1 << 16) - 2
 MAX_CHANNELS = 64
 FINAL = 1       #: flag of END: the devices are stopped, this was the last epoch
@@ -350,6 +352,9 @@ def encode_state(name: str, data: bytes) -> bytes:
 def encode_state_name(name: str) -> bytes:
     """Return what the body of STATE begins with; its bytes follow."""
     encoded = name.encode()
+    if not name.isprintable() or len(encoded) > MAX_NAME:
+        raise error(errno.EINVAL, "state", hint=f"the name of a state is printable, and has {MAX_NAME} bytes at most: "
+                    f"{name[:MAX_NAME]!r}")
     return struct.pack("<H", len(encoded)) + encoded
 
 
@@ -358,9 +363,12 @@ def decode_state(body: Any) -> tuple[str, bytes]:
     if len(body) < 2 or len(body) < 2 + (length := struct.unpack_from("<H", body)[0]):
         raise damaged("STATE is too short for its name")
     try:
-        return bytes(body[2:2 + length]).decode(), bytes(body[2 + length:])
+        name = bytes(body[2:2 + length]).decode()
     except UnicodeDecodeError:
         raise damaged("the name of a STATE is not UTF-8") from None
+    if not name.isprintable() or length > MAX_NAME:
+        raise damaged(f"the name of a STATE is not printable, or has more than {MAX_NAME} bytes")
+    return name, bytes(body[2 + length:])
 
 
 def encode_error(exc: BaseException) -> bytes:
@@ -373,4 +381,5 @@ def decode_error(body: Any) -> tuple[int, str]:
     """Return errno and words of ERROR."""
     if len(body) < _WORD.size:
         raise damaged("ERROR is too short")
-    return _WORD.unpack_from(body)[0], f"the destination gave up: {bytes(body[_WORD.size:]).decode(errors='replace')}"
+    words = peer_words(bytes(body[_WORD.size:]))
+    return _WORD.unpack_from(body)[0], f"the destination gave up: {words}"

@@ -31,8 +31,8 @@ def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     ------
     MissingExtraError
         Parquet without pyarrow: extra "trace".
-    OSError
-        It can't be written.
+    VfioError
+        It can't be written: ENOSPC, EACCES, ... of the file system.  What had the name before still has it.
     """
     path = Path(path)
     write = _write_parquet if path.suffix == ".parquet" else _write_lines
@@ -40,6 +40,9 @@ def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     try:
         write(trace, part)
         os.replace(part, path)
+    except OSError as exc:
+        raise VfioError(exc.errno or errno.EIO, exc.strerror, operation="write_trace", hint=f"{path} is as it was"
+                        ) from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             part.unlink()
