@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
 
 #include "rangemap.h"
 
@@ -20,20 +22,23 @@
 #define MAX_LEVELS 5
 #define MAX_TRIES 64            /* of a walk whose entries change under it */
 #define FIRST_ROOM 64
-#define AHEAD 8                 /* slots fetched before their turn: each is a cache miss */
+#define HUGE_PAGE (2ul << 20)
+#define AHEAD 16                /* slots fetched before their turn: each is a cache miss */
 
 /* A cached translation in 16 bytes.  where: bits 44:0 page number, 61:45 low bits of the PASID, 63:62 kind of page, 0 =
- * the slot is free.  to: bits 51:12 gpa, 11:9 high bits of the PASID, the rest as below. */
+ * the slot is free.  to: bits 51:12 gpa, 11:9 high bits of the PASID, IS_GLOBAL, and the accesses that it answers: a
+ * write only when the dirty flag is set already. */
 typedef struct {
     uint64_t where, to;
 } slot;
 
-enum { MAY_WRITE = 1, MAY_USER = 2, IS_DIRTY = 4, IS_GLOBAL = 8, HAS_SRE = 16, HAS_WPE = 32 };
+enum { READS = 1, WRITES = 2, PRIV_READS = 4, PRIV_WRITES = 8, IS_GLOBAL = 16 };
+#define NOWHERE UINT64_MAX      /* of no slot */
 #define PAGE_NUMBER ((1ull << 45) - 1)
 #define PASID_HIGH 0xe00ull
 
 typedef struct {
-    uint64_t root;
+    uint64_t root, serial;
     unsigned levels, flags;
 } table;
 
@@ -44,28 +49,29 @@ struct pagewalk {
     size_t room, used, most;
     size_t of_kind[4];          /* cached pages of each kind */
     uint64_t beyond;            /* address bits above the guest's width */
+    uint64_t binds;             /* so far */
     bool huge;
 };
 
 /* ---- the cache */
 
-static unsigned kind_shift(unsigned kind)
+static inline unsigned kind_shift(unsigned kind)
 {
     return 3 + 9 * kind;        /* 1: 4 KiB, 2: 2 MiB, 3: 1 GiB */
 }
 
-static uint64_t where_of(uint32_t pasid, uint64_t address, unsigned kind)
+static inline uint64_t where_of(uint32_t pasid, uint64_t address, unsigned kind)
 {
     uint64_t page = address >> kind_shift(kind) << kind_shift(kind);
     return (page >> 12 & PAGE_NUMBER) | (uint64_t)(pasid & 0x1ffff) << 45 | (uint64_t)kind << 62;
 }
 
-static uint64_t high_of(uint32_t pasid)
+static inline uint64_t high_of(uint32_t pasid)
 {
     return (uint64_t)(pasid >> 17) << 9;
 }
 
-static unsigned kind_of(const slot *s)
+static inline unsigned kind_of(const slot *s)
 {
     return s->where >> 62;
 }
@@ -75,14 +81,19 @@ static bool is_of(const slot *s, uint32_t pasid)
     return s->where && (s->where >> 45 & 0x1ffff) == (pasid & 0x1ffff) && (s->to & PASID_HIGH) == high_of(pasid);
 }
 
-static size_t home(const pagewalk *w, uint64_t where, uint64_t high)
+static inline uint64_t hash(uint64_t where, uint64_t high)
 {
     uint64_t mixed = (where ^ high << 36) * 0x9e3779b97f4a7c15ull;
-    return (mixed ^ mixed >> 32) & (w->room - 1);
+    return mixed ^ mixed >> 32;
+}
+
+static inline size_t home(const pagewalk *w, uint64_t where, uint64_t high)
+{
+    return hash(where, high) & (w->room - 1);
 }
 
 /* The slot of a page, or the free one where it would go. */
-static slot *probe(const pagewalk *w, uint64_t where, uint64_t high)
+static inline slot *probe(const pagewalk *w, uint64_t where, uint64_t high)
 {
     for (size_t i = home(w, where, high);; i = (i + 1) & (w->room - 1)) {
         slot *s = &w->slots[i];
@@ -91,7 +102,7 @@ static slot *probe(const pagewalk *w, uint64_t where, uint64_t high)
     }
 }
 
-static slot *find(const pagewalk *w, uint32_t pasid, uint64_t address)
+static inline slot *find(const pagewalk *w, uint32_t pasid, uint64_t address)
 {
     for (unsigned kind = 1; kind <= 3; kind++) {
         if (!w->of_kind[kind])
@@ -111,15 +122,29 @@ static void empty(pagewalk *w)
     w->of_kind[1] = w->of_kind[2] = w->of_kind[3] = 0;
 }
 
+/* Free slots; many of them lie in huge pages, as each look-up is a miss of the TLB otherwise. */
+static slot *slots_new(size_t n)
+{
+    size_t size = n * sizeof(slot);
+    if (size < HUGE_PAGE)
+        return calloc(n, sizeof(slot));
+    slot *slots = aligned_alloc(HUGE_PAGE, size);
+    if (slots) {
+        madvise(slots, size, MADV_HUGEPAGE);
+        memset(slots, 0, size);
+    }
+    return slots;
+}
+
 /* Room for one more; false: out of memory, or at the limit. */
 static bool grow(pagewalk *w)
 {
     if (w->used >= w->most)
         empty(w);
-    if (w->used < w->room / 8 * 7)
+    if (w->used < w->room / 8 * 5)
         return true;
     size_t old_room = w->room;
-    slot *old = w->slots, *fresh = calloc(old_room ? old_room * 2 : FIRST_ROOM, sizeof *fresh);
+    slot *old = w->slots, *fresh = slots_new(old_room ? old_room * 2 : FIRST_ROOM);
     if (!fresh)
         return false;
     w->slots = fresh;
@@ -194,17 +219,25 @@ static int fail_at(pagewalk_fault *fault, uint32_t reason, uint64_t entry_gpa)
     return -EFAULT;
 }
 
-static bool canonical(uint64_t address, unsigned bits)
+static inline bool canonical(uint64_t address, unsigned bits)
 {
     uint64_t top = address >> (bits - 1);
     return top == 0 || top == UINT64_MAX >> (bits - 1);
 }
 
-static bool allowed(uint64_t rights, unsigned access)
+/* The one of READS ... PRIV_WRITES that an access is. */
+static inline unsigned kind_of_access(unsigned access)
 {
-    if (access & PAGEWALK_PRIV)
-        return rights & HAS_SRE && (!(access & PAGEWALK_WRITE) || rights & MAY_WRITE || !(rights & HAS_WPE));
-    return rights & MAY_USER && (!(access & PAGEWALK_WRITE) || rights & MAY_WRITE);
+    return (access & PAGEWALK_WRITE ? WRITES : READS) << (access & PAGEWALK_PRIV ? 2 : 0);
+}
+
+/* Those that the entries of a walk allow. */
+static unsigned rights_of(const table *t, bool writable, bool user)
+{
+    unsigned rights = user ? READS | (writable ? WRITES : 0) : 0;
+    if (t->flags & PAGEWALK_SRE)
+        rights |= PRIV_READS | (writable || !(t->flags & PAGEWALK_WPE) ? PRIV_WRITES : 0);
+    return rights;
 }
 
 typedef struct {
@@ -266,42 +299,31 @@ static int walk(pagewalk *w, const pagewalk_memory *memory, const table *t, uint
     int n = descend(w, memory, t, address, steps, fault);
     if (n < 0)
         return n;
-    uint64_t rights = MAY_WRITE | MAY_USER, leaf = steps[n - 1].entry;
-    for (int i = 0; i < n; i++) {
-        rights &= ~(uint64_t)(steps[i].entry & WRITABLE ? 0 : MAY_WRITE);
-        rights &= ~(uint64_t)(steps[i].entry & USER ? 0 : MAY_USER);
-    }
-    rights |= (t->flags & PAGEWALK_SRE ? HAS_SRE : 0) | (t->flags & PAGEWALK_WPE ? HAS_WPE : 0);
-    if (!allowed(rights, access))
+    uint64_t all = ~0ull, leaf = steps[n - 1].entry;
+    for (int i = 0; i < n; i++)
+        all &= steps[i].entry;
+    unsigned rights = rights_of(t, all & WRITABLE, all & USER);
+    if (!(rights & kind_of_access(access)))
         return fail_at(fault, PAGEWALK_PERMISSION, steps[n - 1].gpa);
     int err = touch(memory, t, steps, n, access & PAGEWALK_WRITE, fault);
     if (err)
         return err;
     unsigned kind = t->levels - n + 1;
     uint64_t inside = (1ull << kind_shift(kind)) - 1, page = leaf & ADDRESS & ~inside;
-    if (leaf & DIRTY || access & PAGEWALK_WRITE)
-        rights |= IS_DIRTY;
+    if (!(leaf & DIRTY || access & PAGEWALK_WRITE))
+        rights &= READS | PRIV_READS;
     keep(w, pasid, address, kind, page | rights | (leaf & GLOBAL ? IS_GLOBAL : 0));
     *out = (pagewalk_result){page | (address & inside), inside + 1 - (address & inside)};
     return 0;
 }
 
-static int translate(pagewalk *w, const pagewalk_memory *memory, uint64_t pasid, uint64_t address, unsigned access,
-                     pagewalk_result *out, pagewalk_fault *fault)
+/* What the cache does not answer: also an access that the cached rights don't allow, as raising them needs no
+ * invalidation. */
+static int walk_again(pagewalk *w, const pagewalk_memory *memory, const table *t, uint64_t pasid, uint64_t address,
+                      unsigned access, pagewalk_result *out, pagewalk_fault *fault)
 {
-    rangemap_entry bound;
-    if (pasid >= MAX_PASID)
-        return fail(fault, PAGEWALK_PASID_INVALID);
-    const slot *s = canonical(address, 57) ? find(w, pasid, address) : NULL;
-    /* What the cached rights don't allow is walked again: raising them needs no invalidation. */
-    if (s && allowed(s->to, access) && (s->to & IS_DIRTY || !(access & PAGEWALK_WRITE))) {
-        uint64_t inside = (1ull << kind_shift(kind_of(s))) - 1;
-        *out = (pagewalk_result){(s->to & ADDRESS) | (address & inside), inside + 1 - (address & inside)};
-        return 0;
-    }
-    if (!rangemap_find(w->tables, pasid, &bound))
-        return fail(fault, pasid ? PAGEWALK_BAD_PASID_ENTRY : PAGEWALK_PASID_INVALID);
-    const table *t = (const table *)(uintptr_t)bound.value;
+    if (!t)
+        return fail(fault, pasid && pasid < MAX_PASID ? PAGEWALK_BAD_PASID_ENTRY : PAGEWALK_PASID_INVALID);
     if (!canonical(address, t->levels == 5 ? 57 : 48))
         return fail(fault, PAGEWALK_OOR_ADDRESS);
     if (access & PAGEWALK_PRIV && !(t->flags & PAGEWALK_SRE))
@@ -314,25 +336,68 @@ static int translate(pagewalk *w, const pagewalk_memory *memory, uint64_t pasid,
     return fail(fault, PAGEWALK_UNKNOWN);
 }
 
+static const table *table_of(const pagewalk *w, uint64_t pasid)
+{
+    rangemap_entry bound;
+    return pasid < MAX_PASID && rangemap_find(w->tables, pasid, &bound) ? (const table *)(uintptr_t)bound.value : NULL;
+}
+
+static inline int translate(pagewalk *w, const pagewalk_memory *memory, const table *t, uint64_t pasid, uint64_t address,
+                            unsigned access, pagewalk_result *out, pagewalk_fault *fault)
+{
+    const slot *s = t && canonical(address, 57) ? find(w, pasid, address) : NULL;
+    if (s && s->to & kind_of_access(access)) {
+        uint64_t inside = (1ull << kind_shift(kind_of(s))) - 1;
+        *out = (pagewalk_result){(s->to & ADDRESS) | (address & inside), inside + 1 - (address & inside)};
+        return 0;
+    }
+    return walk_again(w, memory, t, pasid, address, access, out, fault);
+}
+
 int pagewalk_translate(pagewalk *w, const pagewalk_memory *memory, uint64_t pasid, uint64_t address, unsigned access,
                        pagewalk_result *out, pagewalk_fault *fault)
 {
     pthread_mutex_lock(&w->lock);
-    int err = translate(w, memory, pasid, address, access, out, fault);
+    int err = translate(w, memory, table_of(w, pasid), pasid, address, access, out, fault);
     pthread_mutex_unlock(&w->lock);
     return err;
+}
+
+/* An address of a batch, whose slot is on its way to the CPU. */
+typedef struct {
+    uint64_t where, hash;
+} expected;
+
+static inline expected expect(const pagewalk *w, uint32_t pasid, uint64_t address)
+{
+    expected e = {canonical(address, 57) ? where_of(pasid, address, 1) : NOWHERE, 0};
+    e.hash = hash(e.where, high_of(pasid));
+    if (w->room)
+        __builtin_prefetch(&w->slots[e.hash & (w->room - 1)]);
+    return e;
 }
 
 void pagewalk_translate_many(pagewalk *w, const pagewalk_memory *memory, uint64_t pasid, const uint64_t *addresses,
                              uint64_t *gpas, size_t n, unsigned access)
 {
+    uint64_t need = high_of(pasid) | kind_of_access(access);
+    expected ahead[AHEAD];
     pagewalk_result found;
     pagewalk_fault fault;
     pthread_mutex_lock(&w->lock);
+    const table *t = table_of(w, pasid);
+    for (size_t i = 0; i < n && i < AHEAD; i++)
+        ahead[i] = expect(w, pasid, addresses[i]);
     for (size_t i = 0; i < n; i++) {
-        if (w->room && i + AHEAD < n)
-            __builtin_prefetch(&w->slots[home(w, where_of(pasid, addresses[i + AHEAD], 1), high_of(pasid))]);
-        gpas[i] = translate(w, memory, pasid, addresses[i], access, &found, &fault) ? UINT64_MAX : found.gpa;
+        expected e = ahead[i % AHEAD];
+        const slot *s = w->room && t ? &w->slots[e.hash & (w->room - 1)] : NULL;
+        if (i + AHEAD < n)
+            ahead[i % AHEAD] = expect(w, pasid, addresses[i + AHEAD]);
+        /* Most are small pages, found where they are looked for first. */
+        if (s && s->where == e.where && (s->to & (PASID_HIGH | need)) == need)
+            gpas[i] = (s->to & ADDRESS) | (addresses[i] & 4095);
+        else
+            gpas[i] = translate(w, memory, t, pasid, addresses[i], access, &found, &fault) ? UINT64_MAX : found.gpa;
     }
     pthread_mutex_unlock(&w->lock);
 }
@@ -385,8 +450,8 @@ int pagewalk_bind(pagewalk *w, uint32_t pasid, uint64_t root, unsigned levels, u
     table *t = malloc(sizeof *t);
     if (!t)
         return -ENOMEM;
-    *t = (table){root, levels, flags};
     pthread_mutex_lock(&w->lock);
+    *t = (table){root, ++w->binds, levels, flags};
     int err = rangemap_insert(w->tables, pasid, pasid, (uintptr_t)t);
     pthread_mutex_unlock(&w->lock);
     if (err)
@@ -407,9 +472,13 @@ bool pagewalk_unbind(pagewalk *w, uint32_t pasid)
     return found;
 }
 
-bool pagewalk_bound(pagewalk *w, uint32_t pasid)
+uint64_t pagewalk_bound(pagewalk *w, uint64_t pasid)
 {
-    return rangemap_find(w->tables, pasid, NULL);
+    pthread_mutex_lock(&w->lock);
+    const table *t = table_of(w, pasid);
+    uint64_t serial = t ? t->serial : 0;
+    pthread_mutex_unlock(&w->lock);
+    return serial;
 }
 
 /* ---- invalidation */

@@ -473,6 +473,12 @@ int pin_write(const pin *p, uint64_t offset, const void *src, uint64_t n)
     return 0;
 }
 
+uint64_t *pin_page(const pin *p, uint64_t offset)
+{
+    const segment *s = segment_at(p, offset);
+    return s->direct && !s->mmio ? (uint64_t *)(uintptr_t)(s->vaddr + (offset - s->offset)) : NULL;
+}
+
 int pin_swap(const pin *p, uint64_t offset, uint64_t seen, uint64_t wanted)
 {
     const segment *s = segment_at(p, offset);

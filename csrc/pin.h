@@ -33,6 +33,9 @@ void pin_release(pin *);
 int pin_read(const pin *, uint64_t offset, void *dst, uint64_t n);
 int pin_write(const pin *, uint64_t offset, const void *src, uint64_t n);
 
+/* The 4 KiB at an offset that is a multiple of that, where the memory is used directly; NULL: only by the functions here. */
+uint64_t *pin_page(const pin *, uint64_t offset);
+
 /* Put `wanted` where `seen` is, in the aligned word at an offset: 0, -EAGAIN (something else is there), -EFAULT.  Atomic
  * where the memory is used directly, else with a moment between the look and the write. */
 int pin_swap(const pin *, uint64_t offset, uint64_t seen, uint64_t wanted);

@@ -16,7 +16,7 @@ from .errno cimport raise_errno
 from .mappings cimport find_mapping
 from .pinning cimport device_access
 from .state cimport (
-    VSVA, dma_t, pagewalk, pin_read, pin_swap, pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, type1_t,
+    VSVA, dma_t, pagewalk, pin_page, pin_read, pin_swap, pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, type1_t,
 )
 from .uapi cimport MAP_WRITE, bind_data, cache_info, nesting_head, nesting_info
 
@@ -32,7 +32,7 @@ cdef extern from "pagewalk.h" nogil:
     void pagewalk_free(pagewalk *)
     int pagewalk_bind(pagewalk *, uint32_t pasid, uint64_t root, unsigned levels, unsigned flags)
     bint pagewalk_unbind(pagewalk *, uint32_t pasid)
-    bint pagewalk_bound(pagewalk *, uint32_t pasid)
+    uint64_t pagewalk_bound(pagewalk *, uint64_t pasid)
     size_t pagewalk_cached(pagewalk *)
     size_t pagewalk_cache_bytes(pagewalk *)
     int pagewalk_translate(pagewalk *, const pagewalk_memory *, uint64_t pasid, uint64_t address, unsigned access,
@@ -42,9 +42,14 @@ cdef extern from "pagewalk.h" nogil:
     void pagewalk_flush_pages(pagewalk *, uint32_t pasid, uint64_t address, unsigned order)
     void pagewalk_flush_pasid(pagewalk *, uint32_t pasid)
 
+cdef extern from *:
+    int RELAXED "__ATOMIC_RELAXED"
+    uint64_t load_word "__atomic_load_n" (const uint64_t *, int) nogil
+
 cdef enum:
     PASIDS = 1 << 20
     CHUNK = 1024                        # translations for which mappings can't change
+    KNOWN = 64                          # pages of the second stage that are remembered meanwhile
     MOST_CACHED = 1 << 22               # translations kept
     VTD = 1                             # IOMMU_PASID_FORMAT_INTEL_VTD
     BIND = 0
@@ -280,39 +285,64 @@ cdef long nesting_op(type1_t *t, uint64_t arg) noexcept nogil:
 
 # ---- the devices' side: these take `iotlb`
 
+cdef struct page_known:                     # of the second stage
+    uint64_t number
+    dma_t *dma                              # NULL: nothing known here
+    uint64_t *words                         # the page; NULL: by pin_read() and pin_swap()
+
+cdef struct second_stage:
+    type1_t *t
+    uint64_t mask                           # of the numbers below
+    page_known *known                       # for as long as `iotlb` is held: pages of tables are few
+
+
+cdef const page_known *page_of(second_stage *stage, uint64_t gpa) noexcept nogil:
+    cdef page_known *known = &stage.known[gpa >> 12 & stage.mask]
+    cdef dma_t *dma
+    if not known.dma or known.number != gpa >> 12:
+        dma = find_mapping(stage.t, gpa)
+        if not dma or not dma.pages:
+            return NULL
+        known.number, known.dma = gpa >> 12, dma
+        known.words = pin_page(dma.pages, (gpa & ~<uint64_t> 4095) - dma.iova)
+    return known
+
+
 cdef int load_entry(void *context, uint64_t gpa, uint64_t *entry) noexcept nogil:
-    cdef dma_t *dma = find_mapping(<type1_t *> context, gpa)
-    if not dma or not dma.pages:
+    cdef const page_known *page = page_of(<second_stage *> context, gpa)
+    if not page:
         return -EINVAL
-    return pin_read(dma.pages, gpa - dma.iova, entry, 8)    # readable even if WRITE only, as VT-d maps it up to 6.12
+    if page.words:
+        entry[0] = load_word(page.words + (gpa >> 3 & 511), RELAXED)
+        return 0
+    return pin_read(page.dma.pages, gpa - page.dma.iova, entry, 8)      # readable even if WRITE only, as VT-d maps it up to 6.12
 
 
 cdef int update_entry(void *context, uint64_t gpa, uint64_t seen, uint64_t entry) noexcept nogil:
-    cdef dma_t *dma = find_mapping(<type1_t *> context, gpa)
-    if not dma or not dma.pages:
+    cdef const page_known *page = page_of(<second_stage *> context, gpa)
+    if not page:
         return -EINVAL
-    if not dma.prot & MAP_WRITE:
+    if not page.dma.prot & MAP_WRITE:
         return -EPERM
-    return pin_swap(dma.pages, gpa - dma.iova, seen, entry)
-
-
-cdef int translate(type1_t *t, uint64_t pasid, uint64_t address, unsigned access, pagewalk_result *found,
-                   pagewalk_fault *fault) noexcept nogil:
-    cdef pagewalk_memory memory
-    if not t.nest:
-        memset(fault, 0, sizeof(pagewalk_fault))
-        fault.reason = PAGEWALK_PASID_FETCH             # there is no PASID table
-        return -EFAULT
-    memory.context, memory.load, memory.update = t, load_entry, update_entry
-    return pagewalk_translate(t.nest, &memory, pasid, address, access, found, fault)
+    return pin_swap(page.dma.pages, gpa - page.dma.iova, seen, entry)
 
 
 cdef int nested_translate(type1_t *t, uint64_t pasid, uint64_t address, unsigned access, pagewalk_result *found,
                           pagewalk_fault *fault) noexcept nogil:
     """The first stage's result for one address; -EFAULT with *fault filled in."""
-    cdef int err
+    cdef page_known known[8]
+    cdef second_stage stage
+    cdef pagewalk_memory memory
+    cdef int err = -EFAULT
+    memset(known, 0, sizeof(known))
+    stage.t, stage.mask, stage.known = t, 7, known
+    memory.context, memory.load, memory.update = &stage, load_entry, update_entry
     pthread_rwlock_rdlock(&t.iotlb)
-    err = translate(t, pasid, address, access, found, fault)
+    if t.nest:
+        err = pagewalk_translate(t.nest, &memory, pasid, address, access, found, fault)
+    else:
+        memset(fault, 0, sizeof(pagewalk_fault))
+        fault.reason = PAGEWALK_PASID_FETCH             # there is no PASID table
     pthread_rwlock_unlock(&t.iotlb)
     return err
 
@@ -338,15 +368,19 @@ cdef int nested_access(type1_t *t, uint64_t pasid, uint64_t address, void *data,
 cdef size_t translate_many(type1_t *t, const uint64_t *addresses, uint64_t *out, size_t n, bint nested, uint64_t pasid,
                            unsigned access) noexcept nogil:
     """The process's addresses of what devices would reach, or UINT64_MAX; returns how many are found."""
+    cdef page_known known[KNOWN]
+    cdef second_stage stage
     cdef pagewalk_memory memory
     cdef uint64_t at
     cdef dma_t *dma
     cdef size_t i = 0, stop, hits = 0
-    memory.context, memory.load, memory.update = t, load_entry, update_entry
+    stage.t, stage.mask, stage.known = t, KNOWN - 1, known
+    memory.context, memory.load, memory.update = &stage, load_entry, update_entry
     while i < n:
         stop = min(n, i + CHUNK)
         pthread_rwlock_rdlock(&t.iotlb)
         if nested and t.nest:
+            memset(known, 0, sizeof(known))
             pagewalk_translate_many(t.nest, &memory, pasid, addresses + i, out + i, stop - i, access)
         elif nested:
             memset(out + i, 0xff, (stop - i) * 8)

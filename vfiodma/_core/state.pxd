@@ -64,6 +64,7 @@ cdef extern from "pin.h" nogil:
     void pin_release(pin *)
     int pin_read(const pin *, uint64_t offset, void *dst, uint64_t n)
     int pin_write(const pin *, uint64_t offset, const void *src, uint64_t n)
+    uint64_t *pin_page(const pin *, uint64_t offset)
     int pin_swap(const pin *, uint64_t offset, uint64_t seen, uint64_t wanted)
 
 cdef extern from "pagewalk.h" nogil:
