@@ -54,8 +54,6 @@ BY_HAND: list[tuple[str, str, str, str, str]] = [
      "vfiodma/devices/model_regions.py", 'struct.pack("=II"', "by hand"),
     ("vfio_iova_range", "software", "vfiodma/_core/ioctl.pyx", "iova_range", "by hand"),
     ("vfio_iommu_spapr_tce_ddw_info", "software", "vfiodma/backends/software/spapr.py", "ddw", "part of tce_info"),
-    ("VFIO_EEH_PE_CONFIGURE", "software", "vfiodma/backends/software/eeh.py", "        return 0\n",
-     "nothing to configure"),
     ("VFIO_DEVICE_INFO_CAP_ZPCI_.*", "software", "vfiodma/backends/software/device/info.py", '"info_caps"',
      "what a device's info_caps has"),
     ("VFIO_PCI_BAR[0-4]_REGION_INDEX", "software", "vfiodma/backends/software/device/ioeventfd.py", "bar > _LAST_BAR",

@@ -9,6 +9,7 @@ Sorted lists, sets and loops: made to be read beside the specification, not to b
     type1.py      one Type1 instance: its mappings and ioctls
     attach.py     groups that join and leave an instance
     container.py  files: containers, groups, devices; the door
+    spapr.py      the driver of POWER instead of Type1, and EEH
     target.py     the oracle as a target of tests/conformance
 """
 from .container import Group, Machine

@@ -179,7 +179,7 @@ class Machine:
         if not isinstance(container, Container):
             fail(self.kernel.foreign_fd)
         if container.type1:
-            attach(container.type1, group)
+            self.join(container.type1, group)
         container.groups.insert(0, group)
         group.container = container
         return 0
@@ -188,9 +188,15 @@ class Machine:
         container, group.container = group.container, None
         container.groups.remove(group)
         if container.type1:
-            detach(container.type1, group)
+            self.part(container.type1, group)
             if not container.groups:
                 container.type1 = None
+
+    def join(self, type1, group):
+        attach(type1, group)
+
+    def part(self, type1, group):
+        detach(type1, group)
 
     def get_device_fd(self, group, arg):
         name = b""

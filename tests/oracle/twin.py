@@ -90,9 +90,7 @@ class Twin:
         self.agreed = True
         self.process = Process()
         # ``groups``: number -> keyword arguments of both kinds of group.
-        self.real = SoftwareVfio(kernel, [SoftwareGroup(n, [self.device(n)], **g) for n, g in groups.items()])
-        self.oracle = Machine(kernel, [Group(n, [self.device(n)], **g) for n, g in groups.items()],
-                              self.fake, self.process, foreign_open=lambda fd: fd == 0)
+        self.real, self.oracle = self.hosts(kernel, groups)
         self.fds = {}                                   # name -> (real, oracle)
         self.listening = {}                             # id of a real instance -> (instance, pins)
         self.before = self.real.locked_pages()
@@ -101,6 +99,12 @@ class Twin:
         self.process.has_cap = self.old_capability
         self.script = [f"kernel {kernel}", *(f"group {n}: {show(g)}" for n, g in groups.items())]
         self.limit(2048)
+
+    def hosts(self, kernel, groups):
+        """Return the software VFIO and the oracle's host."""
+        return (SoftwareVfio(kernel, [SoftwareGroup(n, [self.device(n)], **g) for n, g in groups.items()]),
+                Machine(kernel, [Group(n, [self.device(n)], **g) for n, g in groups.items()], self.fake, self.process,
+                        foreign_open=lambda fd: fd == 0))
 
     @staticmethod
     def device(number):

@@ -5,6 +5,7 @@ import mmap
 import struct
 
 import pytest
+from ipc_lock import without_ipc_lock
 
 from vfiodma import GuestMemory, IoAddressSpace, SoftwareGroup, SoftwareVfio, VfioDevice
 from vfiodma.backends.software.spapr import TceGroup, table_bytes
@@ -222,6 +223,48 @@ def test_windows_are_made_and_removed(raw, memory):
     assert fresh.create(12, 1 << 55, 1) == "EINVAL"                     # more bits than a table may have
 
 
+def test_a_default_window_that_could_not_be_made_is_tried_again(raw):
+    r = raw(memlock=0)
+    with without_ipc_lock():
+        assert r.create(16, 1 << 30) == r.create(16, 1 << 30) == "ENOMEM"
+        r.vfio._memlock_limit = 64 << 20
+        assert r.create(16, 1 << 30) == 1 << 59             # the default window is 0
+
+
+@pytest.mark.parametrize(("platform", "code"), [
+    ({"tce32_size": 0}, "EINVAL"), ({"tce32_size": 3 << 20}, "EINVAL"), ({"pgsizes": 0x11000000}, "EINVAL"),
+    ({"ownership": False}, "EPERM")])
+def test_a_default_window_follows_the_rules_of_every_window(raw, memory, platform, code):
+    r = raw(**platform)
+    assert r.register(memory, PAGE) == 0 and r.map(0, memory, PAGE) == r.unmap(0, PAGE) == code
+    assert r.remove(0) == 0 and r.map(0, memory, PAGE) == "ENXIO"
+
+
+def test_up_to_linux_6_1_version_1_adopts_the_table_of_the_platform(raw, memory):
+    r = raw(1, "6.1", ownership=False, tce32_size=3 << 20)
+    before = r.vfio.locked_pages()
+    assert r.call(ENABLE) == 0 and r.map(0, memory, PAGE) == 0
+    assert r.vfio.locked_pages() - before == 768            # the window, and no table
+    assert raw(1, "6.1", ownership=False, groups=2).join(1) == "EBUSY"
+
+
+def test_eeh_is_an_extension_where_it_is_on(raw):
+    r = raw()
+    assert r.call(BASE + 1, 5) == 1
+    r.vfio._groups[0].endpoint.enabled = False
+    assert r.call(BASE + 1, 5) == r.call(BASE + 1, (1 << 64) - 5) == 0
+
+
+def test_a_fault_without_an_endpoint_freezes_nothing(memory):
+    vfio = SoftwareVfio(groups=[SoftwareGroup(0, ["0000:00:10.0"], eeh=False)], platform="powernv", memlock_limit=None)
+    with SpaprContainer(["0000:00:10.0"], system=vfio) as container, VfioDevice.open(container, "0000:00:10.0"):
+        container.map_dma(0, memory, PAGE, READ | WRITE)
+        port = vfio._groups[0].ports["0000:00:10.0"]
+        with pytest.raises(VfioError):
+            port.read(PAGE, 1)
+        assert port.read(0, 4) == bytes(4)
+
+
 def test_a_table_is_charged_as_locked_memory(raw):
     r = raw(memlock=None)
     before = r.vfio.locked_pages()
@@ -316,10 +359,18 @@ def test_eeh_operations_and_their_errors(raw):
     assert r.eeh(9, argsz=40) == "ENXIO"
     first.freeze()
     assert r.eeh(4) == 2                                # goes on to the first that is not normal
+    newest.parent_isolated = True
+    assert r.eeh(4) == 5 and r.eeh(1) == 0
     newest.removed = True
-    assert r.eeh(4) == 5 and r.eeh(1) == "EIO"
-    newest.removed, newest.enabled = False, False
+    assert r.eeh(4) == 0                                # what the parent does is its own affair then
+    newest.parent_isolated = newest.enabled = False
     assert r.eeh(1) == "EIO" and r.eeh(0) == 0
+    newest.enabled, newest.failing = True, True
+    assert [r.eeh(op) for op in range(9)] == [0, *["EIO"] * 3, 0, *["EIO"] * 4] and r.eeh(9, argsz=40) == "ENXIO"
+    newest.injectable = {0}
+    assert r.eeh(9, argsz=40) == "EIO"
+    newest.supported = False
+    assert [r.eeh(op) for op in (2, 3)] == ["ENOENT"] * 2 and r.eeh(9, argsz=40) == "ENOENT"
     assert r.call(EEH, 8) == "EFAULT"
     r.vfio._groups[1].endpoint = None
     assert r.eeh(4) == "ENODEV"

@@ -324,16 +324,24 @@ cdef void fill(window_t *window, uint64_t first, uint64_t npages, uint64_t vaddr
 cdef class TcePath(DmaPath):
     """The way of a group's devices through a container's tables, up to a fault: then the endpoint is frozen.
 
+    Parameters
+    ----------
+    tables : TceTables
+    freezes : bool
+        Whether there is an endpoint that a fault can freeze.
+
     Attributes
     ----------
     frozen : bool
         No DMA passes.
     """
     cdef TceTables tables
+    cdef bint freezes
     cdef public bint frozen
 
-    def __cinit__(self, TceTables tables not None):
+    def __cinit__(self, TceTables tables not None, bint freezes=True):
         self.tables = tables
+        self.freezes = freezes
 
     cdef int access(self, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
         cdef int err
@@ -341,6 +349,6 @@ cdef class TcePath(DmaPath):
         if self.frozen:
             return -EPERM
         err = self.tables.access(iova, data, size, write, done)
-        if err:
+        if err and self.freezes:
             self.frozen = True
         return err

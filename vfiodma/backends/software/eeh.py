@@ -20,21 +20,25 @@ class Endpoint:
     ----------
     enabled : bool
         EEH is on.
+    supported : bool
+        The platform has operations on endpoints; without them most are ENOENT.
+    failing : bool
+        The platform's operations fail with EIO.
     mmio, dma : bool
         What passes.
     resetting : bool
         A reset is asserted; configuration space is blocked.
-    removed : bool
-        It is gone for good.
+    parent_isolated : bool
+        The host recovers the PE above it: its state is UNAVAIL up to then, unless it was ``removed``.
     """
 
     def __init__(self, injectable=frozenset(range(_FUNCTIONS + 1))):
         self.injectable = frozenset(injectable)
         self.path: Any = None               # a TcePath while the group is in a container
-        self.enabled = True
+        self.enabled = self.supported = True
         self.mmio = True
         self._dma = True
-        self.resetting = self.removed = False
+        self.resetting = self.failing = self.parent_isolated = self.removed = False
 
     @property
     def dma(self):
@@ -67,7 +71,7 @@ class Endpoint:
     @property
     def state(self):
         """What GET_STATE returns."""
-        if self.removed:
+        if self.parent_isolated and not self.removed:
             return abi.VFIO_EEH_PE_STATE_UNAVAIL
         if self.resetting:
             return abi.VFIO_EEH_PE_STATE_RESET
@@ -86,15 +90,17 @@ class Endpoint:
         """
         if op == abi.VFIO_EEH_PE_DISABLE:
             return 0
-        if op == abi.VFIO_EEH_PE_GET_STATE:
-            return self.state
         if op == abi.VFIO_EEH_PE_INJECT_ERR:
             return self._inject(argsz, injected)
-        if self.removed:
-            raise error(errno.EIO, "eeh", hint="the endpoint is gone")
         if op == abi.VFIO_EEH_PE_ENABLE:
             if not self.enabled:
                 raise error(errno.EIO, "eeh", hint="EEH is switched off")
+        elif op != abi.VFIO_EEH_PE_CONFIGURE:
+            self._need_support()
+        if op == abi.VFIO_EEH_PE_GET_STATE:
+            return self.state
+        self._need_platform()
+        if op in (abi.VFIO_EEH_PE_ENABLE, abi.VFIO_EEH_PE_RESET_DEACTIVATE):
             self.thaw()
         elif op == abi.VFIO_EEH_PE_UNFREEZE_IO:
             self.mmio = True
@@ -103,9 +109,15 @@ class Endpoint:
         elif op in (abi.VFIO_EEH_PE_RESET_HOT, abi.VFIO_EEH_PE_RESET_FUNDAMENTAL):
             self.freeze()
             self.resetting = True
-        elif op == abi.VFIO_EEH_PE_RESET_DEACTIVATE:
-            self.thaw()
         return 0
+
+    def _need_support(self):
+        if not self.supported:
+            raise error(errno.ENOENT, "eeh", hint="the platform has no operations on endpoints")
+
+    def _need_platform(self):
+        if self.failing:
+            raise error(errno.EIO, "eeh", hint="the platform failed")
 
     def _inject(self, argsz, injected):
         if argsz < abi.vfio_eeh_pe_op.size:
@@ -113,11 +125,11 @@ class Endpoint:
         asked = injected()
         if asked["func"] > _FUNCTIONS:
             raise error(errno.EINVAL, "eeh", hint=f"functions are 0 to {_FUNCTIONS}")
+        self._need_support()
         if asked["type"] > 1:
             raise error(errno.ERANGE, "eeh", hint="types are 0 (32-bit) and 1 (64-bit)")
         if asked["func"] not in self.injectable:
             raise error(errno.ENXIO, "eeh", hint="the firmware can't inject this error")
-        if self.removed:
-            raise error(errno.EIO, "eeh", hint="the endpoint is gone")
+        self._need_platform()
         self.freeze()
         return 0

@@ -75,10 +75,7 @@ class ContainerFile:
         if type1 is not None:
             return type1.ioctl(request, arg)
         if request == abi.VFIO_CHECK_EXTENSION:
-            if arg == abi.VFIO_NOIOMMU_IOMMU or self.noiommu:     # groups decide who is asked
-                suits = self.noiommu or not self.groups
-                return int(suits and self.vfio.noiommu and arg == abi.VFIO_NOIOMMU_IOMMU)
-            return extension(self.vfio.kernel, arg)
+            return self.check_extension(arg)
         raise error(errno.EINVAL, "container_ioctl", hint="no IOMMU driver is set: attach a group, then SET_IOMMU")
 
     @property
@@ -86,12 +83,23 @@ class ContainerFile:
         """Whether its groups have no IOMMU; all of them, or none."""
         return any(group.config.noiommu for group in self.groups)
 
-    def set_noiommu(self, kind):
+    def check_extension(self, number):
+        """Answer before SET_IOMMU: groups decide who is asked."""
+        if number == abi.VFIO_NOIOMMU_IOMMU or self.noiommu:
+            suits = self.noiommu or not self.groups
+            return int(suits and self.vfio.noiommu and number == abi.VFIO_NOIOMMU_IOMMU)
+        return self.driver_extension(number)
+
+    def driver_extension(self, number):
+        """What the platform's driver answers when it is not set yet."""
+        return extension(self.vfio.kernel, number)
+
+    def open_noiommu(self, kind):
+        """Return the driver of groups without an IOMMU."""
         if kind != abi.VFIO_NOIOMMU_IOMMU:
             raise error(errno.ENODEV, "set_iommu", hint="groups without an IOMMU take type 8 (no-IOMMU) only")
         need_rawio("set_iommu")
-        self.type1 = NoIommu(self.vfio.noiommu)
-        return 0
+        return NoIommu(self.vfio.noiommu)
 
     @staticmethod
     def refused_extensions(version):
@@ -106,7 +114,8 @@ class ContainerFile:
             if not self.groups or self.type1 is not None:
                 raise error(errno.EINVAL, "set_iommu", hint="needs a group in the container, and can be done once")
             if self.noiommu:
-                return self.set_noiommu(kind)
+                self.type1 = self.open_noiommu(kind)
+                return 0
             if kind in self.refused_extensions(version):
                 raise error(errno.EINVAL, "set_iommu", hint="an extension, not an IOMMU type")
             nesting = kind == abi.VFIO_TYPE1_NESTING_IOMMU and version <= VERSIONS["6.12"]
@@ -176,15 +185,21 @@ class SpaprContainerFile(ContainerFile):
                 return self.set_iommu(arg)
             if self.driver is not None:
                 return self.driver.ioctl(request, arg)
-        if request == abi.VFIO_CHECK_EXTENSION:
-            return spapr_extension(arg)
+            if request == abi.VFIO_CHECK_EXTENSION:
+                return self.check_extension(arg)
         raise error(errno.EINVAL, "container_ioctl", hint="no IOMMU driver is set: attach a group, then SET_IOMMU")
+
+    def driver_extension(self, number):
+        return spapr_extension(self.vfio, number)
 
     def set_iommu(self, kind):
         if not self.groups or self.driver is not None:
             raise error(errno.EINVAL, "set_iommu", hint="needs a group in the container, and can be done once")
+        if self.noiommu:
+            self.driver = self.open_noiommu(kind)
+            return 0
         if kind not in (abi.VFIO_SPAPR_TCE_IOMMU, abi.VFIO_SPAPR_TCE_v2_IOMMU):
-            code = errno.EINVAL if spapr_extension(kind) else errno.ENODEV
+            code = errno.EINVAL if spapr_extension(self.vfio, kind) else errno.ENODEV
             raise error(code, "set_iommu", hint="types are 2 (SPAPR TCE) and 7 (SPAPR TCE version 2)")
         driver = SpaprDriver(self.vfio, kind == abi.VFIO_SPAPR_TCE_v2_IOMMU)
         try:
@@ -216,7 +231,7 @@ class SpaprContainerFile(ContainerFile):
         return self.driver is not None
 
     def connect(self, group, device):
-        return self.driver.paths[group]
+        return DmaPath() if group.config.noiommu else self.driver.paths[group]
 
     def disconnect(self, group, device, path):
         pass
@@ -235,7 +250,9 @@ class Group:
         self.states = {}                # address -> DeviceState of an open device
         self.paths = {}
         self.cdevs = {}                 # address -> the CdevFile that has the device bound
-        self.endpoint = Endpoint() if vfio.platform == "powernv" and config.eeh and not config.emulated else None
+        self.endpoint = None
+        if vfio.platform == "powernv" and config.eeh and not config.emulated and not config.noiommu:
+            self.endpoint = Endpoint()
         self.renew_iommu()
 
     def renew_iommu(self):

@@ -88,6 +88,7 @@ class SpaprDriver:
         self.regions = {}               # (vaddr, size) -> Region; those of this container
         self.enabled = self.owned = self.default_pending = False
         self.charged = 0                # pages, by ENABLE
+        self.lost = 0                   # pages, for tables that were refused
         self.paths = {}
 
     # ---- groups
@@ -100,22 +101,23 @@ class SpaprDriver:
         if tce is None:
             raise error(errno.ENODEV, "attach_group", hint="the platform knows no TCE tables for this group")
         old = self.version <= VERSIONS["6.1"]
-        if old and tce.ownership != self.v2:
-            raise error(errno.EPERM, "attach_group", hint="up to Linux 6.1 a platform offers one version only")
-        if self.v2 and not tce.max_windows:
+        if not old and self.v2 and not tce.max_windows:
             raise error(errno.EINVAL, "attach_group", hint="version 2 needs dynamic windows")
-        if self.groups and not (self.v2 and (tce.ownership or not old)):
-            raise error(errno.EBUSY, "attach_group", hint="version 1 takes one group")
+        if self.groups and not (tce.ownership if old else self.v2):
+            raise error(errno.EBUSY, "attach_group", hint="tables that are not handed over serve one group"
+                        if old else "version 1 takes one group")
         if self.groups and self.groups[0].config.tce.ownership != tce.ownership:
             raise error(errno.EPERM, "attach_group", hint="groups of two kinds of platform do not go together")
+        if old and tce.ownership != self.v2:
+            raise error(errno.EPERM, "attach_group", hint="up to Linux 6.1 a platform offers one version only")
         first = not self.groups
         self.groups.insert(0, group)
-        path = self.paths[group] = TcePath(self.tables)
+        path = self.paths[group] = TcePath(self.tables, group.endpoint is not None)
         if group.endpoint is not None:
             group.endpoint.connect(path)
         if first and self.windows[0] is None:
             if old and not self.v2:
-                self._make(0, 0, tce.tce32_size, 12, 1)
+                self._adopt(tce.tce32_size)
             else:
                 self.default_pending = True
 
@@ -140,15 +142,15 @@ class SpaprDriver:
                 self._drop(slot)
         for key in list(self.regions):
             self._forget(key)
-        uncharge(self.charged)
-        self.charged = 0
+        uncharge(self.charged + self.lost)
+        self.charged = self.lost = 0
 
     # ---- ioctl
 
     def ioctl(self, request, arg):
         """Do an ioctl of the container."""
         if request == abi.VFIO_CHECK_EXTENSION:
-            return extension(arg)
+            return extension(self.vfio, arg)
         if request == abi.VFIO_EEH_PE_OP:
             return self._eeh(arg)
         both = {abi.VFIO_IOMMU_SPAPR_TCE_GET_INFO: self._get_info, abi.VFIO_IOMMU_MAP_DMA: self._map,
@@ -269,26 +271,43 @@ class SpaprDriver:
 
     # ---- windows
 
-    def _make(self, slot, start, size, shift, levels):
+    def _make(self, shift, size, levels):
+        tce = self._group()
+        slot = next((slot for slot, window in enumerate(self.windows) if window is None), None)
+        if slot is None:
+            raise error(errno.ENOSPC, "create_window", hint=f"there are {_SLOTS} windows already")
+        if shift > 63 or not tce.pgsizes >> shift & 1:
+            raise error(errno.EINVAL, "create_window", hint=f"pages of 1 << {shift} are none of {tce.pgsizes:#x}")
+        if not tce.ownership:
+            raise error(errno.EPERM, "create_window", hint="the platform makes no windows")
+        if not 0 < levels <= tce.levels or not size or size & (size - 1) or size >> shift == 0:
+            raise error(errno.EINVAL, "create_window", hint=f"1 to {tce.levels} levels, a size that is a power of two")
+        start = _SECOND_WINDOW if slot else 0
         charged = table_bytes(size, shift, levels) // _PAGE
         charge(charged, self.vfio._memlock_limit)
-        # As in the kernel, a table that is refused from here on stays charged up to the container's end.
+        # As in the kernel, a table that is refused from here on stays charged; here up to the container's end.
         bits = -(-(size.bit_length() - 1 - shift) // levels)
         if (max(bits + 3, 12) - 3) * levels + shift >= _MOST_BITS:
-            self.charged += charged
+            self.lost += charged
             raise error(errno.EINVAL, "create_window", start, size, "the table would have too many levels")
         try:
             self.tables.create(slot, start, size >> shift, shift)
         except VfioError:
-            self.charged += charged
+            self.lost += charged
             raise
         self.windows[slot] = _Window(start, size, shift, levels, charged)
+        return slot
+
+    def _adopt(self, size):
+        """Take over the platform's own table of the default window; nothing is charged."""
+        if size:
+            self.tables.create(0, 0, size >> 12, 12)
+            self.windows[0] = _Window(0, size, 12, 1, 0)
 
     def _make_default(self):
         if self.default_pending:
+            self._make(12, self._group().tce32_size, 1)
             self.default_pending = False
-            size = self._group().tce32_size
-            self._make(0, 0, size, 12, 1)
 
     def _drop(self, slot):
         self.tables.remove(slot)
@@ -298,20 +317,10 @@ class SpaprDriver:
     def _create(self, arg):
         layout = abi.vfio_iommu_spapr_tce_create
         self.owned = True
-        tce = self._group()
+        self._group()
         values = self._read(layout, arg)
         self._make_default()
-        slot = next((slot for slot, window in enumerate(self.windows) if window is None), None)
-        if slot is None:
-            raise error(errno.ENOSPC, "create_window", hint=f"there are {_SLOTS} windows already")
-        shift, size, levels = values["page_shift"], values["window_size"], values["levels"]
-        if shift > 63 or not tce.pgsizes >> shift & 1:
-            raise error(errno.EINVAL, "create_window", hint=f"pages of 1 << {shift} are none of {tce.pgsizes:#x}")
-        if not tce.ownership:
-            raise error(errno.EPERM, "create_window", hint="the platform makes no windows")
-        if not 0 < levels <= tce.levels or not size or size & (size - 1) or size >> shift == 0:
-            raise error(errno.EINVAL, "create_window", hint=f"1 to {tce.levels} levels, a size that is a power of two")
-        self._make(slot, _SECOND_WINDOW if slot else 0, size, shift, levels)
+        slot = self._make(values["page_shift"], values["window_size"], values["levels"])
         values["start_addr"] = self.windows[slot].start
         try:
             write_memory(arg, layout.pack(**values))
@@ -397,9 +406,11 @@ class SpaprDriver:
         return 0
 
 
-def extension(number):
+def extension(vfio, number):
     """Answer CHECK_EXTENSION as the driver does."""
-    return int(number in (abi.VFIO_SPAPR_TCE_IOMMU, abi.VFIO_SPAPR_TCE_v2_IOMMU, abi.VFIO_EEH))
+    if number == abi.VFIO_EEH:
+        return int(any(group.endpoint is not None and group.endpoint.enabled for group in vfio._groups.values()))
+    return int(number in (abi.VFIO_SPAPR_TCE_IOMMU, abi.VFIO_SPAPR_TCE_v2_IOMMU))
 
 
 def _region_shift(vaddr, size):
