@@ -1,41 +1,10 @@
-"""Build the extensions: one per concept of vfiodma/_core, each with the C kernels that it needs."""
+"""Build the extensions, one per concept of vfiodma/_core, over a static library of the C kernels in csrc."""
 import os
+from glob import glob
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
-
-# Which C files each extension is linked with.  No -march=native: kernels choose their CPU variant at run time.
-KERNELS = {
-    "errno": [],
-    "rangemap": ["rangemap", "vaddrindex"],
-    "iova": ["gaps", "iovaspace", "rangemap"],
-    "bitmap": ["bitmap", "bitmap_x86", "bitmap_arm", "dirtylog"],
-    "copy": ["copy"],
-    "memory": ["usercopy"],
-    "maprows": ["maprows"],
-    "dirty": ["bitmap", "bitmap_x86", "bitmap_arm", "usercopy", "rangemap"],
-    "nesting": ["pagewalk", "rangemap", "usercopy", "pin"],
-    "mappings": ["rangemap", "usercopy", "pin", "memlock"],
-    "attach": ["rangemap"],
-    "pinning": ["rangemap", "usercopy", "pin"],
-    "ioctl": ["usercopy", "rangemap"],
-    "ioas_objects": [],
-    "ioas_pages": ["pin", "usercopy", "memlock"],
-    "ioas_dirty": ["usercopy", "rangemap"],
-    "ioas": ["rangemap"],
-    "hwpt": ["rangemap"],
-    "ioas_access": ["rangemap", "usercopy"],
-    "ioas_compat": ["rangemap", "usercopy"],
-    "ioas_ioctl": ["rangemap", "usercopy", "memlock"],
-    "ioas_context": ["rangemap"],
-    "dma": ["dirtylog", "bitmap", "bitmap_x86", "bitmap_arm", "rangemap"],
-    "type1": ["rangemap"],
-    "tce": ["pin", "usercopy", "memlock"],
-    "kernel": [],
-    "userfault": ["pagemap", "missing", "pagehash", "bitmap", "bitmap_x86", "bitmap_arm"],
-    "pagefile": ["pagefile", "pagehash", "copy"],
-    "iommufd": ["rangemap", "bitmap", "bitmap_x86", "bitmap_arm"],
-}
+from setuptools.command.build_ext import build_ext
 
 SANITIZE = os.environ.get("VFIODMA_SANITIZE")       # e.g. "address,undefined"
 CFLAGS = ["-std=c11", "-O3", "-g1", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread", "-D_GNU_SOURCE"]
@@ -53,16 +22,32 @@ DIRECTIVES = {
 }
 
 
-def headers():
-    return [os.path.join(folder, name) for folder, _, names in os.walk("csrc") for name in names if name.endswith(".h")]
+KERNELS = sorted(glob("csrc/*.c"))
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 
 
-def extension(name, kernels):
-    return Extension(
-        f"vfiodma._core.{name}", [f"vfiodma/_core/{name}.pyx", *(f"csrc/{kernel}.c" for kernel in kernels)],
-        include_dirs=["csrc"], depends=headers(), extra_compile_args=CFLAGS + GENERATED, extra_link_args=LDFLAGS)
+class BuildExtensions(build_ext):
+    """Extensions side by side, after the library; each takes from that what it needs."""
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.parallel = len(os.sched_getaffinity(0))
+
+    def run(self):
+        """Build the library first, also when nothing but extensions was asked for."""
+        self.run_command("build_clib")
+        super().run()
 
 
-present = {name: kernels for name, kernels in KERNELS.items() if os.path.exists(f"vfiodma/_core/{name}.pyx")}
-setup(ext_modules=cythonize([extension(name, kernels) for name, kernels in present.items()],
-                            compiler_directives=DIRECTIVES, build_dir="build/cython"))
+def extension(path):
+    name = os.path.basename(path).removesuffix(".pyx")
+    return Extension(f"vfiodma._core.{name}", [path], include_dirs=["csrc"], depends=KERNELS + HEADERS,
+                     extra_compile_args=CFLAGS + GENERATED, extra_link_args=LDFLAGS)
+
+
+# No -march=native: kernels choose their CPU variant at run time.
+setup(libraries=[("vfiodma_kernels", {"sources": KERNELS, "include_dirs": ["csrc"], "obj_deps": {"": HEADERS},
+                                      "cflags": CFLAGS})],
+      ext_modules=cythonize([extension(path) for path in sorted(glob("vfiodma/_core/*.pyx"))],
+                            compiler_directives=DIRECTIVES, build_dir="build/cython"),
+      cmdclass={"build_ext": BuildExtensions})
