@@ -49,7 +49,6 @@ struct pagewalk {
     size_t room, used, most;
     size_t of_kind[4];          /* cached pages of each kind */
     uint64_t beyond;            /* address bits above the guest's width */
-    uint64_t binds;             /* so far */
     bool huge;
 };
 
@@ -450,8 +449,9 @@ int pagewalk_bind(pagewalk *w, uint32_t pasid, uint64_t root, unsigned levels, u
     table *t = malloc(sizeof *t);
     if (!t)
         return -ENOMEM;
+    static uint64_t binds;
+    *t = (table){root, __atomic_add_fetch(&binds, 1, __ATOMIC_RELAXED), levels, flags};
     pthread_mutex_lock(&w->lock);
-    *t = (table){root, ++w->binds, levels, flags};
     int err = rangemap_insert(w->tables, pasid, pasid, (uintptr_t)t);
     pthread_mutex_unlock(&w->lock);
     if (err)

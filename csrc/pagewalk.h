@@ -59,7 +59,7 @@ int pagewalk_bind(pagewalk *, uint32_t pasid, uint64_t root, unsigned levels, un
 /* Forget the table of a PASID and what is cached of it; false if it has none. */
 bool pagewalk_unbind(pagewalk *, uint32_t pasid);
 void pagewalk_unbind_all(pagewalk *);
-/* A number that no other bind has had; 0: nothing is bound. */
+/* A number that no other bind of the process has had; 0: nothing is bound. */
 uint64_t pagewalk_bound(pagewalk *, uint64_t pasid);
 
 /* Translate one address; -EFAULT with *fault filled in.  Sets accessed and dirty flags of a walk that succeeds. */

@@ -28,19 +28,19 @@ def close_rigs():
 class Rig:
     """A nesting container whose guest memory is [0, 64 pages), with the table of PASID 1's root in page 1."""
 
-    def __init__(self, kernel="vsva", kind=6, groups=None):
+    def __init__(self, kernel="vsva", kind=6, groups=None, name=DEVICE):
         RIGS.append(self)
         self.vfio = SoftwareVfio(kernel, groups or [SoftwareGroup(0, [DEVICE], nestable=True)], memlock_limit=None)
         self.fd = self.vfio.open("/dev/vfio/vfio")
         self.group = self.vfio.open("/dev/vfio/0")
         self.set_container(self.group)
         self.vfio.ioctl(self.fd, abi.VFIO_SET_IOMMU, kind)
-        name = ctypes.create_string_buffer(DEVICE.encode())
-        self.device = self.vfio.ioctl(self.group, abi.VFIO_GROUP_GET_DEVICE_FD, ctypes.addressof(name))
+        text = ctypes.create_string_buffer(name.encode())
+        self.device = self.vfio.ioctl(self.group, abi.VFIO_GROUP_GET_DEVICE_FD, ctypes.addressof(text))
         self.area = mmap.mmap(-1, 64 * PAGE)
         self.vaddr = ctypes.addressof(ctypes.c_char.from_buffer(self.area))
         self.map(0, self.vaddr, 64 * PAGE)
-        self.port = self.vfio._groups[0].ports[DEVICE]
+        self.port = self.vfio._groups[0].ports[name]
 
     def close(self):
         for fd in sorted(self.vfio._files, reverse=True):

@@ -13,33 +13,26 @@ from libc.string cimport memcpy, memset
 from .args cimport acquire, new_bytes, u64
 from .errno cimport raise_errno
 from .nesting cimport (
-    PAGEWALK_PASID_FETCH, PAGEWALK_PRIV, PAGEWALK_READ, PAGEWALK_WRITE, cache_size, nested_access, pagewalk_fault,
-    translate_many,
+    PAGEWALK_PASID_FETCH, PAGEWALK_PRIV, PAGEWALK_READ, PAGEWALK_WRITE, cache_size, nested_access, nested_bound,
+    pagewalk_fault, translate_many,
 )
 from .pinning cimport device_access, dma_rw
 from .state cimport (
     pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy, pthread_rwlock_init, pthread_rwlock_rdlock,
-    pthread_rwlock_t, pthread_rwlock_unlock, pthread_rwlock_wrlock, type1_t,
+    pthread_rwlock_unlock, pthread_rwlock_wrlock, type1_t,
 )
 from .type1 cimport IommuGroup, Type1
 
 from ..types import DmaFault
 
 cdef extern from "dirtylog.h" nogil:
-    ctypedef struct dirtylog:
-        pass
     dirtylog *dirtylog_new(uint64_t nbits)
     void dirtylog_free(dirtylog *)
     void dirtylog_mark(dirtylog *, uint64_t first, uint64_t n)
     uint64_t dirtylog_harvest(dirtylog *, uint64_t first, uint64_t nbits, uint64_t *dst, uint64_t dst_bit)
 
 cdef enum:
-    MAX_LOG_RANGES = 256                # PAGE_SIZE / sizeof(struct vfio_device_feature_dma_logging_range)
     KEPT_FAULTS = 1024
-
-cdef struct log_range:
-    uint64_t start, last
-    dirtylog *log
 
 cdef dict REASONS = {-_errno.EINVAL: "not mapped", -_errno.ENOENT: "not mapped",
                      -_errno.EPERM: "not permitted", -_errno.EFAULT: "memory is gone",
@@ -48,6 +41,28 @@ cdef dict REASONS = {-_errno.EINVAL: "not mapped", -_errno.ENOENT: "not mapped",
 
 cdef tuple NESTED_REASONS = ("unknown", "PASID table", "PASID has no table", "PASID out of range", "walk aborted", "not mapped",
                              "not permitted", "accessed flag can't be set", "address out of range")
+
+
+cdef void log_write(dma_log *log, uint64_t iova, uint64_t size) noexcept nogil:
+    cdef uint64_t last = iova + size - 1, low, high
+    cdef size_t i
+    pthread_rwlock_rdlock(&log.lock)
+    for i in range(log.nranges):
+        low = max(iova, log.ranges[i].start)
+        high = min(last, log.ranges[i].last)
+        if low <= high:
+            low = (low - log.ranges[i].start) // log.pgsize
+            high = (high - log.ranges[i].start) // log.pgsize
+            dirtylog_mark(log.ranges[i].log, low, high - low + 1)
+    pthread_rwlock_unlock(&log.lock)
+
+
+cdef void log_entry(void *log, uint64_t gpa) noexcept nogil:
+    """The IOMMU has set flags in a guest's table for the device.
+
+    A device does not see this on hardware; but the log is often the only one who could tell that the page has changed.
+    """
+    log_write(<dma_log *> log, gpa, 8)
 
 
 cdef class DmaPath:
@@ -63,6 +78,9 @@ cdef class DmaPath:
         memset(fault, 0, sizeof(pagewalk_fault))
         fault.reason = PAGEWALK_PASID_FETCH
         return -EFAULT
+
+    cdef uint64_t bound(self, uint64_t pasid):
+        return 0
 
     cdef int check_process(self, str operation) except -1:
         return 0
@@ -102,7 +120,10 @@ cdef class Type1Path(DmaPath):
                     uint64_t *done, pagewalk_fault *fault) noexcept nogil:
         if self.emulated:
             return DmaPath.nested(self, pasid, address, data, size, access, gpa, done, fault)
-        return nested_access(self.type1.t, pasid, address, data, size, access, gpa, done, fault)
+        return nested_access(self.type1.t, pasid, address, data, size, access, gpa, done, fault, log_entry, self.log)
+
+    cdef uint64_t bound(self, uint64_t pasid):
+        return 0 if self.emulated else nested_bound(self.type1.t, pasid)
 
     cdef int check_process(self, str operation) except -1:
         return self.type1.check_process(operation)
@@ -134,6 +155,7 @@ cdef class Type1Path(DmaPath):
         cdef uint64_t number = 0 if pasid is None else u64("translate_many", pasid)
         cdef unsigned access = perm
         cdef bint nested = pasid is not None
+        cdef DmaPort port = self.port       # stays while its log is written
         self.type1.check_process("translate_many")
         acquire(addresses, &view, 0, "translate_many")
         try:
@@ -141,7 +163,8 @@ cdef class Type1Path(DmaPath):
             rows = found
             if view.len:
                 with nogil:
-                    translate_many(self.type1.t, <uint64_t *> view.buf, &rows[0], view.len // 8, nested, number, access)
+                    translate_many(self.type1.t, <uint64_t *> view.buf, &rows[0], view.len // 8, nested, number, access,
+                                   log_entry, self.log if port is not None else NULL)
         finally:
             PyBuffer_Release(&view)
         return found
@@ -225,24 +248,22 @@ cdef class DmaPort:
     Thread-safe.  The GIL is released for every access.
     """
     cdef DmaPath path
-    cdef pthread_rwlock_t log_lock      # read: a write is being logged; write: the log starts or stops
-    cdef log_range ranges[MAX_LOG_RANGES]
-    cdef size_t nranges                 # 0 = the log is off
-    cdef uint64_t pgsize
+    cdef dma_log log
     cdef readonly str device
     cdef readonly object faults
     cdef readonly uint64_t fault_count
     cdef public object fault_sink
 
     def __cinit__(self, DmaPath path not None, str device):
-        pthread_rwlock_init(&self.log_lock, NULL)
+        pthread_rwlock_init(&self.log.lock, NULL)
         self.path = path
+        path.port, path.log = self, &self.log
         self.device = device
         self.faults = deque(maxlen=KEPT_FAULTS)
 
     def __dealloc__(self):
-        free_logs(self.ranges, self.nranges)
-        pthread_rwlock_destroy(&self.log_lock)
+        free_logs(self.log.ranges, self.log.nranges)
+        pthread_rwlock_destroy(&self.log.lock)
 
     # ---- access
 
@@ -252,7 +273,7 @@ cdef class DmaPort:
         cdef int err = path.access(iova, data, reach, write, done)
         # Logged after the bytes are there: whoever harvests the bit finds them.
         if write and done[0]:
-            self.mark(iova, done[0])
+            log_write(&self.log, iova, done[0])
         return err if err or reach == size else -EINVAL
 
     cdef DmaPath connected(self, str operation):
@@ -284,7 +305,7 @@ cdef class DmaPort:
             with nogil:
                 err = path.nested(pasid, at, data, size, access, &gpa, &done, &fault)
                 if write and done:
-                    self.mark(gpa, done)        # dirt is known by what the second stage translates
+                    log_write(&self.log, gpa, done)     # dirt is known by what the second stage translates
             at += done
             data += done
             size -= done
@@ -391,28 +412,23 @@ cdef class DmaPort:
 
     def disconnect(self):
         """Cut the device off; later accesses raise ClosedError.  Stops the log."""
+        cdef DmaPath path = self.path
         self.path = None
+        if path is not None:
+            path.port = None
         self.stop_logging()
 
-    # ---- the log
+    def bound(self, pasid):
+        """A number that stands for the page table that the device's accesses with a PASID walk; 0: there is none."""
+        cdef DmaPath path = self.path
+        return 0 if path is None else path.bound(u64("bound", pasid))
 
-    cdef void mark(self, uint64_t iova, uint64_t size) noexcept nogil:
-        cdef uint64_t last = iova + size - 1, low, high
-        cdef size_t i
-        pthread_rwlock_rdlock(&self.log_lock)
-        for i in range(self.nranges):
-            low = max(iova, self.ranges[i].start)
-            high = min(last, self.ranges[i].last)
-            if low <= high:
-                low = (low - self.ranges[i].start) // self.pgsize
-                high = (high - self.ranges[i].start) // self.pgsize
-                dirtylog_mark(self.ranges[i].log, low, high - low + 1)
-        pthread_rwlock_unlock(&self.log_lock)
+    # ---- the log
 
     @property
     def logging(self):
         """Whether the log is on."""
-        return self.nranges != 0
+        return self.log.nranges != 0
 
     def start_logging(self, ranges, pgsize=4096):
         """Log DMA writes into the given IOVA ranges.
@@ -443,13 +459,13 @@ cdef class DmaPort:
         if n == 0:
             raise_errno(EINVAL, "start_logging", None, None, "give at least one range")
         make_logs("start_logging", checked, n, page)
-        pthread_rwlock_wrlock(&self.log_lock)
-        on = self.nranges != 0
+        pthread_rwlock_wrlock(&self.log.lock)
+        on = self.log.nranges != 0
         if not on:
-            memcpy(self.ranges, checked, n * sizeof(log_range))
-            self.nranges = n
-            self.pgsize = page
-        pthread_rwlock_unlock(&self.log_lock)
+            memcpy(self.log.ranges, checked, n * sizeof(log_range))
+            self.log.nranges = n
+            self.log.pgsize = page
+        pthread_rwlock_unlock(&self.log.lock)
         if on:
             free_logs(checked, n)
             raise_errno(EINVAL, "start_logging", None, None, "the log is on: stop it first")
@@ -470,25 +486,25 @@ cdef class DmaPort:
         cdef log_range checked[MAX_LOG_RANGES]
         cdef size_t n, i
         cdef list pieces = [(u64("extend_logging", iova), u64("extend_logging", size))]
-        cdef bint off = self.nranges == 0
+        cdef bint off = self.log.nranges == 0
         if off:
             raise_errno(EINVAL, "extend_logging", iova, size, "the log is off: start it")
-        check_ranges("extend_logging", pieces, self.pgsize, 1, checked)
-        for i in range(self.nranges):
-            pieces = [piece for whole in pieces for piece in without(whole, self.ranges[i].start, self.ranges[i].last)]
-        n = check_ranges("extend_logging", pieces, self.pgsize, MAX_LOG_RANGES - self.nranges, checked)
-        make_logs("extend_logging", checked, n, self.pgsize)
-        pthread_rwlock_wrlock(&self.log_lock)
-        memcpy(&self.ranges[self.nranges], checked, n * sizeof(log_range))
-        self.nranges += n
-        pthread_rwlock_unlock(&self.log_lock)
+        check_ranges("extend_logging", pieces, self.log.pgsize, 1, checked)
+        for i in range(self.log.nranges):
+            pieces = [piece for whole in pieces for piece in without(whole, self.log.ranges[i].start, self.log.ranges[i].last)]
+        n = check_ranges("extend_logging", pieces, self.log.pgsize, MAX_LOG_RANGES - self.log.nranges, checked)
+        make_logs("extend_logging", checked, n, self.log.pgsize)
+        pthread_rwlock_wrlock(&self.log.lock)
+        memcpy(&self.log.ranges[self.log.nranges], checked, n * sizeof(log_range))
+        self.log.nranges += n
+        pthread_rwlock_unlock(&self.log.lock)
 
     cdef const char *refuse_harvest(self, uint64_t iova, uint64_t size, uint64_t room) noexcept nogil:
-        if self.nranges == 0:
+        if self.log.nranges == 0:
             return b"the log is off"
-        if size == 0 or iova + size - 1 < iova or iova % self.pgsize or size % self.pgsize:
+        if size == 0 or iova + size - 1 < iova or iova % self.log.pgsize or size % self.log.pgsize:
             return b"the range is a multiple of the log's page size"
-        if room < (size // self.pgsize + 63) // 64 * 8:
+        if room < (size // self.log.pgsize + 63) // 64 * 8:
             return b"the bitmap is too small"
         return NULL
 
@@ -523,16 +539,16 @@ cdef class DmaPort:
             words = <uint64_t *> view.buf
             with nogil:
                 # The page size and with it the bitmap's size hold only under the lock: the log may be started anew.
-                pthread_rwlock_rdlock(&self.log_lock)
+                pthread_rwlock_rdlock(&self.log.lock)
                 refusal = self.refuse_harvest(first, length, view.len)
-                for i in range(0 if refusal else self.nranges):
-                    low = max(first, self.ranges[i].start)
-                    high = min(last, self.ranges[i].last)
+                for i in range(0 if refusal else self.log.nranges):
+                    low = max(first, self.log.ranges[i].start)
+                    high = min(last, self.log.ranges[i].last)
                     if low <= high:
-                        bit = (low - self.ranges[i].start) // self.pgsize
-                        found += dirtylog_harvest(self.ranges[i].log, bit, (high - low) // self.pgsize + 1, words,
-                                                  (low - first) // self.pgsize)
-                pthread_rwlock_unlock(&self.log_lock)
+                        bit = (low - self.log.ranges[i].start) // self.log.pgsize
+                        found += dirtylog_harvest(self.log.ranges[i].log, bit, (high - low) // self.log.pgsize + 1, words,
+                                                  (low - first) // self.log.pgsize)
+                pthread_rwlock_unlock(&self.log.lock)
             if refusal:
                 raise_errno(EINVAL, "harvest", iova, size, refusal.decode())
         finally:
@@ -543,9 +559,9 @@ cdef class DmaPort:
         """Stop the log and forget it; no effect when it is off."""
         cdef log_range old[MAX_LOG_RANGES]
         cdef size_t n
-        pthread_rwlock_wrlock(&self.log_lock)
-        n = self.nranges
-        memcpy(old, self.ranges, n * sizeof(log_range))
-        self.nranges = 0
-        pthread_rwlock_unlock(&self.log_lock)
+        pthread_rwlock_wrlock(&self.log.lock)
+        n = self.log.nranges
+        memcpy(old, self.log.ranges, n * sizeof(log_range))
+        self.log.nranges = 0
+        pthread_rwlock_unlock(&self.log.lock)
         free_logs(old, n)

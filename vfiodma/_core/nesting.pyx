@@ -51,6 +51,7 @@ cdef enum:
     CHUNK = 1024                        # translations for which mappings can't change
     KNOWN = 64                          # pages of the second stage that are remembered meanwhile
     MOST_CACHED = 1 << 22               # translations kept
+    ENOTSUPP = 524                      # not for user space, but what the driver returns
     VTD = 1                             # IOMMU_PASID_FORMAT_INTEL_VTD
     BIND = 0
     UNBIND = 1
@@ -76,10 +77,16 @@ cdef enum:
 cdef class PasidSpace:
     """The 20-bit PASIDs of a system: which of them are allocated.  Thread-safe.
 
+    Parameters
+    ----------
+    freed : callable, optional
+        Called with a PASID that was given back.
+
     Source: /dev/ioasid of the series, which no descriptor stands for here.
     """
-    def __cinit__(self):
+    def __cinit__(self, freed=None):
         self.lock = threading.Lock()
+        self.freed = freed
         self.bits = <uint8_t *> calloc(PASIDS // 8, 1)
         if not self.bits:
             raise MemoryError
@@ -107,12 +114,17 @@ cdef class PasidSpace:
         raise_errno(EINVAL, "allocate_pasid", None, None, f"none of {first} ... {last} is free")
 
     def free(self, pasid):
-        """Give a PASID back; EINVAL if it isn't allocated.  A table that is bound to it stays bound."""
+        """Give a PASID back; EINVAL if it isn't allocated.
+
+        Page requests for it that wait are invalid now; a table that is bound to it stays bound.
+        """
         cdef uint64_t number = u64("free_pasid", pasid)
         with self.lock:
             if number >= PASIDS or not self.bits[number // 8] >> number % 8 & 1:
                 raise_errno(EINVAL, "free_pasid", None, None, f"PASID {pasid} is not allocated")
             self.bits[number // 8] &= ~(1 << number % 8)
+        if self.freed is not None:
+            self.freed(number)
 
 
 # ---- the container's side
@@ -190,6 +202,8 @@ cdef int bind(type1_t *t, uint64_t arg) noexcept nogil:
         return err
     if data.format != VTD or data.argsz < BIND_SIZE or data.vendor.vtd.flags & ~<uint64_t> BIND_FLAGS:
         return -EINVAL
+    if not t.domains.groups.pci:
+        return -ENOTSUPP
     if data.hpasid == 0 or data.hpasid >= PASIDS:
         return -EINVAL
     if not t.pasids or not t.pasids[data.hpasid // 8] >> data.hpasid % 8 & 1:
@@ -294,6 +308,8 @@ cdef struct second_stage:
     type1_t *t
     uint64_t mask                           # of the numbers below
     page_known *known                       # for as long as `iotlb` is held: pages of tables are few
+    wrote_entry wrote                       # told of changed entries: they are writes to the guest's memory
+    void *log                               # or NULL
 
 
 cdef const page_known *page_of(second_stage *stage, uint64_t gpa) noexcept nogil:
@@ -319,23 +335,28 @@ cdef int load_entry(void *context, uint64_t gpa, uint64_t *entry) noexcept nogil
 
 
 cdef int update_entry(void *context, uint64_t gpa, uint64_t seen, uint64_t entry) noexcept nogil:
-    cdef const page_known *page = page_of(<second_stage *> context, gpa)
+    cdef second_stage *stage = <second_stage *> context
+    cdef const page_known *page = page_of(stage, gpa)
+    cdef int err
     if not page:
         return -EINVAL
     if not page.dma.prot & MAP_WRITE:
         return -EPERM
-    return pin_swap(page.dma.pages, gpa - page.dma.iova, seen, entry)
+    err = pin_swap(page.dma.pages, gpa - page.dma.iova, seen, entry)
+    if not err and stage.log:
+        stage.wrote(stage.log, gpa)
+    return err
 
 
 cdef int nested_translate(type1_t *t, uint64_t pasid, uint64_t address, unsigned access, pagewalk_result *found,
-                          pagewalk_fault *fault) noexcept nogil:
+                          pagewalk_fault *fault, wrote_entry wrote, void *log) noexcept nogil:
     """The first stage's result for one address; -EFAULT with *fault filled in."""
     cdef page_known known[8]
     cdef second_stage stage
     cdef pagewalk_memory memory
     cdef int err = -EFAULT
     memset(known, 0, sizeof(known))
-    stage.t, stage.mask, stage.known = t, 7, known
+    stage.t, stage.mask, stage.known, stage.wrote, stage.log = t, 7, known, wrote, log
     memory.context, memory.load, memory.update = &stage, load_entry, update_entry
     pthread_rwlock_rdlock(&t.iotlb)
     if t.nest:
@@ -348,12 +369,12 @@ cdef int nested_translate(type1_t *t, uint64_t pasid, uint64_t address, unsigned
 
 
 cdef int nested_access(type1_t *t, uint64_t pasid, uint64_t address, void *data, uint64_t size, unsigned access,
-                       uint64_t *gpa, uint64_t *done, pagewalk_fault *fault) noexcept nogil:
+                       uint64_t *gpa, uint64_t *done, pagewalk_fault *fault, wrote_entry wrote, void *log) noexcept nogil:
     """Move bytes up to the end of the first-stage page, at the gpa that comes back; -EFAULT with *fault filled in."""
     cdef pagewalk_result found
     cdef int err
     done[0] = gpa[0] = 0
-    err = nested_translate(t, pasid, address, access, &found, fault)
+    err = nested_translate(t, pasid, address, access, &found, fault, wrote, log)
     if err:
         return err
     gpa[0] = found.gpa
@@ -366,7 +387,7 @@ cdef int nested_access(type1_t *t, uint64_t pasid, uint64_t address, void *data,
 
 
 cdef size_t translate_many(type1_t *t, const uint64_t *addresses, uint64_t *out, size_t n, bint nested, uint64_t pasid,
-                           unsigned access) noexcept nogil:
+                           unsigned access, wrote_entry wrote, void *log) noexcept nogil:
     """The process's addresses of what devices would reach, or UINT64_MAX; returns how many are found."""
     cdef page_known known[KNOWN]
     cdef second_stage stage
@@ -374,7 +395,7 @@ cdef size_t translate_many(type1_t *t, const uint64_t *addresses, uint64_t *out,
     cdef uint64_t at
     cdef dma_t *dma
     cdef size_t i = 0, stop, hits = 0
-    stage.t, stage.mask, stage.known = t, KNOWN - 1, known
+    stage.t, stage.mask, stage.known, stage.wrote, stage.log = t, KNOWN - 1, known, wrote, log
     memory.context, memory.load, memory.update = &stage, load_entry, update_entry
     while i < n:
         stop = min(n, i + CHUNK)
@@ -397,6 +418,15 @@ cdef size_t translate_many(type1_t *t, const uint64_t *addresses, uint64_t *out,
             i += 1
         pthread_rwlock_unlock(&t.iotlb)
     return hits
+
+
+cdef uint64_t nested_bound(type1_t *t, uint64_t pasid) noexcept nogil:
+    """The serial number of a PASID's table, or 0; takes `iotlb`."""
+    cdef uint64_t serial
+    pthread_rwlock_rdlock(&t.iotlb)
+    serial = pagewalk_bound(t.nest, pasid) if t.nest else 0
+    pthread_rwlock_unlock(&t.iotlb)
+    return serial
 
 
 cdef tuple cache_size(type1_t *t):

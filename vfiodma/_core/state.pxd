@@ -101,7 +101,7 @@ cdef struct iova_range:
     uint64_t start, last
 
 cdef struct group_t:                        # a group as the container sees it
-    bint emulated, coherent, msi_isolated, nestable
+    bint emulated, coherent, msi_isolated, nestable, pci
     iova_range aperture
     iova_range *reserved
     size_t nreserved

@@ -15,6 +15,7 @@ cdef class Type1:
     cdef unsigned generation            # of the process that made it: a forked child has a higher one
     cdef list listeners
     cdef PasidSpace pasids
+    cdef object unbound                 # called when page tables may have been
     cdef set groups                     # attached: their C side is linked into t
     cdef readonly str kernel
     cdef readonly unsigned entry_limit

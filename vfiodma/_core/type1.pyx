@@ -25,7 +25,7 @@ from .state cimport (
     V5_4, V5_12, V6_1, V6_12, V7_2, VSVA, dma_t, first_from, iova_range, min_pgsize, next_of, pthread_cond_broadcast,
     pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, rangemap_count, vaddr_valid,
 )
-from .uapi cimport MAP_VADDR, UNMAP_ALL, UNMAP_VADDR
+from .uapi cimport MAP_VADDR, NESTING_OP, UNMAP_ALL, UNMAP_VADDR
 
 from ..errors import ForkedError
 from ..types import IovaRange
@@ -76,15 +76,19 @@ cdef class IommuGroup:
         Mediated devices: no IOMMU, none of the above.
     coherent, msi_isolated, nestable : bool
         The IOMMU enforces cache coherency, isolates MSI, can nest.
+    pci : bool
+        Its devices are on PCI.
     """
 
-    def __cinit__(self, int number, aperture, reserved, uint64_t pgsizes, bint emulated, bint coherent, bint msi_isolated, bint nestable):
+    def __cinit__(self, int number, aperture, reserved, uint64_t pgsizes, bint emulated, bint coherent, bint msi_isolated, bint nestable,
+                  bint pci=True):
         cdef size_t i
         self.number = number
         self.group.emulated = emulated
         self.group.coherent = coherent
         self.group.msi_isolated = msi_isolated
         self.group.nestable = nestable
+        self.group.pci = pci
         self.group.pgsizes = pgsizes
         self.group.aperture.start, self.group.aperture.last = aperture
         self.group.nreserved = len(reserved)
@@ -121,6 +125,8 @@ cdef class Type1:
         Bytes of locked memory; -1 = RLIMIT_MEMLOCK of the process, -2 = unlimited.
     pasids : PasidSpace, optional
         The PASIDs that page tables can be bound to ("vsva").
+    unbound : callable, optional
+        Called after NESTING_OP: page tables may have been unbound.
 
     Notes
     -----
@@ -129,7 +135,7 @@ cdef class Type1:
     """
 
     def __cinit__(self, str kernel, bint v2, unsigned entry_limit, int64_t memlock_limit, bint nesting=False,
-                  PasidSpace pasids=None):
+                  PasidSpace pasids=None, unbound=None):
         self.kernel = kernel
         self.entry_limit = entry_limit
         self.listeners = []
@@ -140,6 +146,7 @@ cdef class Type1:
             raise MemoryError
         self.t.nesting = nesting
         self.pasids = pasids
+        self.unbound = unbound
         if pasids is not None:
             self.t.pasids = pasids.bits
 
@@ -308,6 +315,8 @@ cdef class Type1:
         with nogil:
             result = type1_ioctl(self.t, request, arg)
             self.leave()
+        if request == NESTING_OP and self.unbound is not None:
+            self.unbound()
         if result < 0:
             self.check_interruption(result)
             raise_errno(-result, "ioctl")

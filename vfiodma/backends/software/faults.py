@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..._core.errno import error
 from ...uapi import iommu as abi
@@ -15,6 +15,15 @@ _GROUPS = 512           # 9 bits of a page request
 
 def _record(kind: int, body: bytes) -> bytes:
     return abi.iommu_fault.pack(type=kind)[:8] + body.ljust(abi.iommu_fault.size - 8, b"\0")
+
+
+class _Group(NamedTuple):
+    """Page requests that wait for an answer."""
+
+    pasid: int
+    table: int              # of the PASID when they were made: a number of its own
+    deadline: float
+    records: list[bytes]
 
 
 class FaultQueueFile:
@@ -40,7 +49,7 @@ class FaultQueueFile:
         self.page_requests = page_requests
         self.timeout = timeout
         self._records: deque[bytes] = deque()
-        self._pending: dict[int, tuple[int | None, float]] = {}        # grpid -> PASID that the answer needs, deadline
+        self._pending: dict[int, _Group] = {}
         self._answers: dict[int, int] = {}
         self._changed = threading.Condition()
         self._open = True
@@ -69,6 +78,8 @@ class FaultQueueFile:
     def request_pages(self, pasid: int, addresses: Any, perm: int, private_data: tuple[int, int] | None = None) -> int:
         """Ask for pages: one group, whose last request is marked.  Return its number.
 
+        Without a page table there is nobody to ask: the group is answered INVALID at once.
+
         Raises
         ------
         VfioError
@@ -79,8 +90,9 @@ class FaultQueueFile:
         flags |= abi.IOMMU_FAULT_PAGE_REQUEST_PRIV_DATA if private_data else 0
         with self._changed:
             now = time.monotonic()
-            self._pending = {group: waits for group, waits in self._pending.items() if waits[1] > now}
+            self._pending = {group: waits for group, waits in self._pending.items() if waits.deadline > now}
             group = next((number for number in range(_GROUPS) if number not in self._pending), _GROUPS)
+            table = self.port.bound(pasid)
             records = []
             for i, address in enumerate(addresses):
                 last = abi.IOMMU_FAULT_PAGE_REQUEST_LAST_PAGE if i == len(addresses) - 1 else 0
@@ -88,17 +100,37 @@ class FaultQueueFile:
                     flags=flags | last, pasid=pasid, grpid=group, perm=perm, addr=address,
                     private_data=private_data or (0, 0))
                 records.append(_record(abi.IOMMU_FAULT_PAGE_REQ, request))
-            if not self.page_requests or not records or group == _GROUPS or not self._put(records):
+            if not self.page_requests or not records or group == _GROUPS or table and not self._put(records):
                 raise error(errno.EINVAL, "request_pages", hint="told not to ask, or the queue is full")
             self._answers.pop(group, None)
-            self._pending[group] = pasid, now + self.timeout
+            if table:
+                self._pending[group] = _Group(pasid, table, now + self.timeout, records)
+            else:
+                self._answers[group] = abi.IOMMU_PAGE_RESP_INVALID
         return group
+
+    def drain(self, pasid: int | None = None) -> None:
+        """End the groups whose table is not bound any more, and all of ``pasid``: INVALID, and nobody reads them."""
+        with self._changed:
+            for group, waits in list(self._pending.items()):
+                if waits.pasid == pasid or self.port.bound(waits.pasid) != waits.table:
+                    del self._pending[group]
+                    self._answers[group] = abi.IOMMU_PAGE_RESP_INVALID
+                    self._drop(waits.records)
+            self._changed.notify_all()
+
+    def _drop(self, records: list[bytes]) -> None:
+        """Take records back that were not read yet."""
+        before, gone = len(self._records), {id(record) for record in records}
+        self._records = deque(record for record in self._records if id(record) not in gone)
+        if before and not self._records:
+            os.eventfd_read(self.event)
 
     def answer(self, group: int) -> int | None:
         """Wait for a group's answer: an IOMMU_PAGE_RESP_* code; None when its time is over, which ends the group."""
         with self._changed:
             while group in self._pending:
-                left = self._pending[group][1] - time.monotonic()
+                left = self._pending[group].deadline - time.monotonic()
                 if left <= 0:
                     del self._pending[group]
                     break
@@ -147,8 +179,8 @@ class FaultQueueFile:
             raise error(errno.EINVAL, "page_response", hint="version is 1, the only flag PASID_VALID")
         group, now = response["grpid"], time.monotonic()
         with self._changed:
-            pasid, deadline = self._pending.get(group, (None, now))
-            if deadline <= now or not response["flags"] or response["pasid"] != pasid:
+            waits = self._pending.get(group)
+            if waits is None or waits.deadline <= now or not response["flags"] or response["pasid"] != waits.pasid:
                 raise error(errno.EINVAL, "page_response", hint=f"no group {group} of this PASID waits for an answer")
             del self._pending[group]
             self._answers[group] = response["code"]

@@ -123,7 +123,7 @@ class ContainerFile:
                 raise error(errno.ENODEV, "set_iommu", hint="types are 1 (Type1) and 3 (Type1v2)")
             v2 = kind != abi.VFIO_TYPE1_IOMMU
             type1 = Type1(self.vfio.kernel, v2, self.vfio.dma_entry_limit, self.vfio._memlock_limit, nesting,
-                          self.vfio.pasids)
+                          self.vfio.pasids, self.unbound)
             try:
                 for group in reversed(self.groups):         # the kernel keeps the newest first
                     type1.attach(group.iommu)
@@ -149,6 +149,11 @@ class ContainerFile:
             if not self.groups:
                 self.type1.close()
                 self.type1 = None
+
+    def unbound(self):
+        """Page tables may have been unbound: what their devices asked for is not needed any more."""
+        for group in self.groups:
+            group.drain()
 
     @property
     def ready(self):
@@ -261,7 +266,15 @@ class Group:
             self.iommu = IommuGroup(config.number, (0, 0), (), 0, True, True, True, True)
         else:
             self.iommu = IommuGroup(config.number, config.aperture, config.reserved, config.pgsizes, False,
-                                    config.coherent, config.msi_isolated, config.nestable)
+                                    config.coherent, config.msi_isolated, config.nestable,
+                                    all(getattr(device, "bus", abi.VFIO_DEVICE_FLAGS_PCI) == abi.VFIO_DEVICE_FLAGS_PCI
+                                        for device in config.devices))
+
+    def drain(self, pasid=None):
+        """Answer page requests whose table is gone, and all those for ``pasid``."""
+        for port in list(self.ports.values()):
+            if port.fault_sink is not None:
+                port.fault_sink.drain(pasid)
 
     @property
     def in_use(self):
@@ -365,7 +378,10 @@ class Group:
         try:
             close_device(self, device)
         finally:
-            self.ports.pop(device.address).disconnect()
+            port = self.ports.pop(device.address)
+            port.disconnect()
+            if port.fault_sink is not None:
+                port.fault_sink.drain()
             self.container.disconnect(self, device, self.paths.pop(device.address))
             self.leave_if_unused()
 

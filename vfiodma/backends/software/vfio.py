@@ -84,7 +84,7 @@ class SoftwareVfio:
         self._lock = threading.RLock()
         self._groups = {group.number: Group(self, group) for group in groups}
         self._files = {}
-        self.pasids = PasidSpace()
+        self.pasids = PasidSpace(self._pasid_freed)
         self._generation = generation()
 
     @property
@@ -258,6 +258,10 @@ class SoftwareVfio:
             if port.fault_sink is not None:
                 raise error(errno.EBUSY, "open_fault_queue", hint="the device has a fault queue")
             return self._new_fd(FaultQueueFile(port, page_requests, timeout))
+
+    def _pasid_freed(self, pasid):
+        for group in list(self._groups.values()):
+            group.drain(pasid)
 
     def dup(self, fd):
         """Return a further descriptor of the same open file."""
