@@ -34,7 +34,7 @@ uint64_t pagehash_differ(const pagehash_key *key, const void *memory, uint64_t n
 {
     uint64_t found = 0;
     for (uint64_t i = 0; i < npages; i++)
-        if (pagehash(key, (const char *)memory + i * pgsize, pgsize) != hashes[i]) {
+        if (!hashes[i] || pagehash(key, (const char *)memory + i * pgsize, pgsize) != hashes[i]) {
             words[i / 64] |= UINT64_C(1) << (i % 64);
             found++;
         }

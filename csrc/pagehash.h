@@ -13,7 +13,8 @@ typedef struct {
 /* Hash of `size` bytes, a multiple of 64. */
 uint64_t pagehash(const pagehash_key *, const void *page, size_t size);
 
-/* Set bit i for each page i of `npages` whose hash is not hashes[i]; return how many. */
+/* Set bit i for each page i of `npages` whose hash is not hashes[i]; return how many.  A page whose hash is not known (0)
+ * counts, and is not touched. */
 uint64_t pagehash_differ(const pagehash_key *, const void *memory, uint64_t npages, size_t pgsize, const uint64_t *hashes,
                          uint64_t *words);
 

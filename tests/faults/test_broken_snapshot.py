@@ -148,6 +148,45 @@ def test_a_full_disk(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+SPARSE = """
+import resource, sys, time, zlib
+from vfiodma.errors import SnapshotError
+from vfiodma.migration import snapshot, snapshot_format as file_format
+from vfiodma.migration.snapshot_file import File, opened
+path, right = sys.argv[1], sys.argv[2] == "right"
+where = file_format.places(4096, ((0, 64 << 30),))          # its table has 132 MiB, all of it a hole
+head, rest, summed = file_format.encode_table_head(where, b""), where.nbits * 8 + where.nbits // 8, 0
+summed = zlib.crc32(head)
+for _ in range(rest >> 16):
+    summed = zlib.crc32(bytes(1 << 16), summed)
+header = file_format.Header(4096, 1, 0, 0, summed ^ (not right), 0, where.capacity, bytes(16), bytes(64))
+with open(path, "wb") as file:
+    file.write(file_format.encode_header(header))
+    file.seek(where.table_offset(0))
+    file.write(head)
+    file.truncate(where.file_size)
+with snapshot.GuestMemory.memfd(4096) as memory:            # warm: libraries are loaded
+    snapshot.save(memory, path + ".small")
+snapshot.load(path + ".small")[0].close()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    found = snapshot.inspect(path)
+    memory, _ = snapshot.load(path)
+    memory.close()
+    assert right and found.pages == 0 and found.blocks == ((0, 64 << 30),)
+except SnapshotError as exc:
+    assert not right and "checksum" in exc.hint, exc
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10, "MiB")
+"""
+
+
+@pytest.mark.parametrize("checksum", ["right", "wrong"])
+def test_a_sparse_file_that_claims_much_memory_takes_little(checksum, tmp_path):
+    done = subprocess.run([sys.executable, "-c", SPARSE, tmp_path / "guest", checksum], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) < 32, done.stdout
+
+
 KILLED = """
 import sys
 from tests.faults.test_broken_snapshot import KillState

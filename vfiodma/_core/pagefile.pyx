@@ -112,7 +112,10 @@ cdef class PageSums:
             PyBuffer_Release(&pairs)
 
     def differ(self, memory, into):
-        """Set, in a buffer of u64 words, the bits of the pages whose hash is another one; return how many."""
+        """Set, in a buffer of u64 words, the bits of the pages whose hash is another one; return how many.
+
+        Pages of zeros in the file count, and are not touched in memory.
+        """
         cdef Py_buffer data, words
         cdef uint64_t npages, found
         open_buffer(memory, &data, "differ", False)

@@ -13,6 +13,8 @@ from . import snapshot_format as file_format
 from .layout import MemoryLayout
 from .snapshot_format import HEADER_SIZE, Header, Places, damaged
 
+_PIECE = 1 << 17        # words of a table that are read in one go
+
 
 class Snapshot(NamedTuple):
     """What a snapshot file holds."""
@@ -39,7 +41,11 @@ class Table:
         """The pages that are not zero, as the words of a bitmap."""
         import numpy as np
 
-        return np.packbits(self.sums != 0, bitorder="little").view("<u8").astype(np.uint64, copy=False)
+        words = np.empty(len(self.sums) // 8, np.uint8)
+        for at in range(0, len(self.sums), _PIECE):     # bounds the memory in between
+            part = self.sums[at:at + _PIECE] != 0
+            words[at // 8:at // 8 + len(part) // 8] = np.packbits(part, bitorder="little")
+        return words.view("<u8").astype(np.uint64, copy=False)
 
 
 class File:
@@ -130,18 +136,28 @@ def read_head(file: File) -> tuple[Header, Places]:
 
 
 def read_table(file: File, header: Header, where: Places) -> tuple[Table, dict[str, bytes]]:
+    """The table, checked.  What it takes of memory is bounded by what the file has on the disk: holes take none."""
     import numpy as np
 
     parts = file_format.table_size(header, where)
-    data = file.read(where.table_offset(header.generation), sum(parts))
-    if zlib.crc32(data) != header.table_sum:
+    offset = where.table_offset(header.generation)
+    head = file.read(offset, parts[0])
+    offset, summed = offset + parts[0], zlib.crc32(head)
+    with file.failing("read"):
+        table = Table(where)        # not touched yet
+    for words in (table.in_second, table.sums):
+        for at in range(0, len(words), _PIECE):
+            part = words[at:at + _PIECE]
+            piece = file.read(offset + at * 8, part.nbytes)
+            summed = zlib.crc32(piece, summed)
+            found = np.frombuffer(piece, "<u8")
+            if found.any():
+                part[:] = found
+        offset += words.nbytes
+    if summed != header.table_sum:
         raise damaged("the table's checksum is wrong")
     blocks = file_format.blocks_size(header)
-    states = file_format.decode_states(data[blocks:blocks + header.states_size], header)
-    with file.failing("read"):
-        table = Table(where)
-        table.in_second[:] = np.frombuffer(data[parts[0]:parts[0] + parts[1]], "<u8")
-        table.sums[:] = np.frombuffer(data[parts[0] + parts[1]:], "<u8")
+    states = file_format.decode_states(head[blocks:blocks + header.states_size], header)
     if (table.in_second & ~table.present()).any():
         raise damaged("the table has pages of zeros in the second area")
     return table, states
@@ -153,7 +169,9 @@ def block_sums(header: Header, table: Table, layout: MemoryLayout) -> list[PageS
 
 
 def describe(header: Header, where: Places, table: Table, states: Mapping[str, bytes]) -> Snapshot:
-    return Snapshot(header.id, header.generation, header.pgsize, where.shape, int((table.sums != 0).sum()),
+    import numpy as np
+
+    return Snapshot(header.id, header.generation, header.pgsize, where.shape, int(np.count_nonzero(table.sums)),
                     {name: len(data) for name, data in states.items()})
 
 
