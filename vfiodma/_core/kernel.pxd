@@ -5,6 +5,8 @@ cdef class Descriptor:
     cdef readonly object system             # a VfioSystem; None = the running kernel
     cdef readonly bint real                          # ioctl(2) itself, without a detour through Python
     cdef readonly int fd                    # -1 = closed
+    cdef int users                          # threads in ioctl(2), without the GIL
+    cdef int release(self, int fd) except -1
     cdef long call(self, uint32_t request, void *arg) except? -1
     cdef int fail(self, int err, str operation, object iova=*, object size=*, object entry=*) except -1
 

@@ -79,9 +79,13 @@ cdef class Descriptor:
                 result = ioctl(fd, request, arg)
                 err = errno
             else:
+                self.users += 1             # so long the number stays this file's
                 with nogil:
                     result = ioctl(fd, request, arg)
                     err = errno
+                self.users -= 1
+                if self.fd != fd and not self.users:
+                    self.release(fd)
             if result >= 0:
                 return result
             if err == EINTR:
@@ -92,10 +96,10 @@ cdef class Descriptor:
                 with nogil:
                     nanosleep(&pause, NULL)
                 PyErr_CheckSignals()
-                if self.fd != fd:           # closed meanwhile: the number may be somebody else's
-                    return -EBADF
             else:
                 return -err
+            if self.fd != fd:               # closed meanwhile: the number may be somebody else's
+                return -EBADF
 
     cdef int fail(self, int err, str operation, object iova=None, object size=None, object entry=None) except -1:
         hint = self._hint(-err, operation)
@@ -142,16 +146,19 @@ cdef class Descriptor:
         return result
 
     def close(self):
-        """Close the descriptor; idempotent."""
+        """Close the descriptor; idempotent.  An ioctl that another thread is in ends first, as it would in the kernel."""
         cdef int fd = self.fd
         self.fd = -1
-        if fd < 0:
-            return
+        if fd >= 0 and not self.users:
+            self.release(fd)
+
+    cdef int release(self, int fd) except -1:
         if self.system is not None:
             self.system.close(fd)
         else:
             import os
             os.close(fd)
+        return 0
 
 
 cdef class Type1Ioctls(Descriptor):
