@@ -10,7 +10,8 @@ import threading
 import numpy as np
 import pytest
 
-from vfiodma import SoftwareGroup, SoftwareVfio, open_backend
+from vfiodma import GuestMemory, SoftwareGroup, SoftwareVfio, open_backend
+from vfiodma._core.type1 import locked_pages
 from vfiodma.errors import ClosedError, ForkedError, InvalidArgumentError, UnsupportedError, VfioError
 from vfiodma.types import IovaRange
 from vfiodma.uapi import vfio as abi
@@ -382,3 +383,19 @@ def test_huge_numbers_are_refused_or_clamped_not_overflown():
     with pytest.raises(ValueError, match="number"):
         SoftwareGroup(2**40, [])
     open_backend("software", memlock_limit=2**64).close()
+
+
+def test_a_dropped_software_vfio_leaves_no_descriptor_and_no_locked_memory():
+    def use():
+        vfio = SoftwareVfio("7.2", memlock_limit=None)
+        container = vfio.container()
+        with GuestMemory.memfd(PAGE) as memory:
+            container.map_dma(0, memory.region.vaddr, PAGE, 3)
+            del container
+        vfio.open("/dev/iommu")
+
+    gc.collect()
+    before, locked = set(os.listdir("/proc/self/fd")), locked_pages()
+    use()
+    gc.collect()
+    assert set(os.listdir("/proc/self/fd")) == before and locked_pages() == locked

@@ -1,4 +1,5 @@
 """The raw door: VFIO in this process, as a C program sees it."""
+import contextlib
 import errno
 import os
 import threading
@@ -124,6 +125,12 @@ class SoftwareVfio:
     def _forget_fd(self, fd):
         del self._files[fd]
         os.close(fd)
+
+    def __del__(self):
+        # Nobody is left who could close them: containers lead back to this object.
+        for fd in getattr(self, "_files", ()):
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def open(self, path):
         """Open /dev/vfio/vfio, /dev/vfio/<group>, /dev/iommu or /dev/vfio/devices/vfio<N>; return a descriptor.
