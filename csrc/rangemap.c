@@ -454,6 +454,22 @@ size_t rangemap_copy(rangemap *map, uint64_t key, rangemap_entry *out, size_t n)
     return copied;
 }
 
+void rangemap_visit(rangemap *map, bool (*visit)(void *, const uint64_t *start, const rangemap_tail *, unsigned n),
+                    void *context)
+{
+    pthread_mutex_lock(&map->mutex);
+    const node *first = map->root;
+    for (unsigned level = map->height; level; level--)
+        first = first->inner.child[0];
+    for (const leaf *at = &first->leaf; at; at = at->next) {
+        for (unsigned line = 0; line < 8; line++)
+            __builtin_prefetch((const char *)at->next + 64 * line);
+        if (!visit(context, at->start, at->tail, at->count))
+            break;
+    }
+    pthread_mutex_unlock(&map->mutex);
+}
+
 /* How many children or entries the next of `left` nodes gets when `n` are to be spread over them. */
 static size_t share(size_t n, size_t left)
 {

@@ -17,6 +17,10 @@ typedef struct {
     uint64_t start, last, value;
 } rangemap_entry;
 
+typedef struct {
+    uint64_t last, value;
+} rangemap_tail;
+
 /* NULL when out of memory.  The environment variable VFIODMA_CPU=scalar|avx2|avx512 lowers its CPU level. */
 rangemap *rangemap_new(void);
 void rangemap_free(rangemap *map);
@@ -46,6 +50,13 @@ void rangemap_clear(rangemap *map);
 
 /* Copy up to n entries, ascending, from the first with last >= key: one consistent moment.  Returns how many. */
 size_t rangemap_copy(rangemap *map, uint64_t key, rangemap_entry *out, size_t n);
+
+/*
+ * Show every entry to `visit`, some at a time, ascending, until it returns false: starts beside what belongs to them.
+ * It must not use the map.
+ */
+void rangemap_visit(rangemap *map, bool (*visit)(void *, const uint64_t *start, const rangemap_tail *, unsigned n),
+                    void *context);
 
 /* Fill an empty map from ascending, disjoint entries, in linear time; -EINVAL if they are not, -EEXIST if it isn't. */
 int rangemap_build(rangemap *map, const rangemap_entry *entries, size_t n);

@@ -20,10 +20,6 @@ enum {
     DENSE = 2 << 20,            /* bytes that a group of keys spans when it counts as a run */
 };
 
-typedef struct {
-    uint64_t last, value;
-} tail;
-
 typedef union node node;
 
 typedef struct leaf {
@@ -31,7 +27,7 @@ typedef struct leaf {
     struct leaf *next;
     uint64_t unused[2];
     uint64_t start[LEAF];
-    tail tail[LEAF];            /* beside each other: a hit needs one cache line of these */
+    rangemap_tail tail[LEAF];   /* beside each other: a hit needs one cache line of these */
 } leaf;
 
 typedef struct {

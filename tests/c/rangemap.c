@@ -78,6 +78,20 @@ static uint64_t address(uint64_t space)
     return rnd() & 1 ? at : ~at;
 }
 
+typedef struct {
+    size_t seen, stop;
+} visited;
+
+static bool visit(void *context, const uint64_t *start, const rangemap_tail *tail, unsigned n)
+{
+    visited *v = context;
+    for (unsigned i = 0; i < n; i++, v->seen++) {
+        rangemap_entry got = {start[i], tail[i].last, tail[i].value};
+        CHECK(v->seen < nmodel && same(&got, &model[v->seen]));
+    }
+    return v->seen < v->stop;
+}
+
 static void agree(rangemap *map, uint64_t space)
 {
     enum { KEYS = 100 };
@@ -107,6 +121,9 @@ static void agree(rangemap *map, uint64_t space)
     CHECK(n == (nmodel - i < 64 ? nmodel - i : 64));
     for (size_t j = 0; j < n; j++)
         CHECK(same(&copy[j], &model[i + j]));
+    visited v = {0, rnd() % 2 ? SIZE_MAX : rnd() % 50};
+    rangemap_visit(map, visit, &v);
+    CHECK(v.seen == nmodel || (v.seen < nmodel && v.seen >= v.stop));
 }
 
 static void fuzz(uint64_t space, unsigned longest, unsigned steps)

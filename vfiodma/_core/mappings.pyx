@@ -12,12 +12,12 @@ from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 from .dirty cimport bisects, dirty_allocate, dirty_copy_out
 from .state cimport (
     PIN_IN_BATCHES, PIN_NO_WRITEBACK, PIN_WRITE, PIN_ZERO_PAGE_FREE, PS, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP,
-    V5_12, V6_1, V7_2, dma_t, first_from, iommu_mapped, min_pgsize, next_of, pin, pin_memory, pin_release,
+    V5_12, V6_1, V7_2, dma_t, dmapool_free, dmapool_give, dmapool_new, dmapool_restore, dmapool_take, first_from, iommu_mapped, min_pgsize, next_of, pin, pin_memory, pin_release,
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_timedwait, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy, pthread_rwlock_init,
     pthread_rwlock_unlock, pthread_rwlock_wrlock, pthread_rwlockattr_init, pthread_rwlockattr_setkind_np,
     pthread_rwlockattr_t, rangemap_copy, rangemap_count, rangemap_entry, rangemap_find, rangemap_free, rangemap_insert,
-    rangemap_new, rangemap_overlaps, rangemap_remove, type1_t, vaddr_valid,
+    rangemap_new, rangemap_overlaps, rangemap_remove, set_vaddr_valid, type1_t, vaddr_of, vaddr_valid,
 )
 from .uapi cimport MAP_READ, MAP_VADDR, MAP_WRITE, UNMAP_ALL, UNMAP_DIRTY, UNMAP_VADDR
 
@@ -71,7 +71,10 @@ cdef type1_t *type1_new(int version, bint v2, uint32_t entry_limit, int64_t meml
     if not t:
         return NULL
     t.mappings = rangemap_new()
-    if not t.mappings:
+    t.pool = dmapool_new()
+    if not t.mappings or not t.pool:
+        rangemap_free(t.mappings)
+        dmapool_free(t.pool)
         free(t)
         return NULL
     # Devices hammer the read side: without this, map and unmap would starve.
@@ -87,12 +90,14 @@ cdef type1_t *type1_new(int version, bint v2, uint32_t entry_limit, int64_t meml
     t.owner = owner
     t.pgsizes = ~<uint64_t> (PS - 1)
     t.vaddr_generation = 1
+    t.vaddrs_valid = True
     return t
 
 
 cdef void type1_free(type1_t *t) noexcept nogil:
     remove_all(t)
     rangemap_free(t.mappings)
+    dmapool_free(t.pool)
     free(t.ranges)
     pthread_cond_destroy(&t.valid)
     pthread_rwlock_destroy(&t.iotlb)
@@ -120,7 +125,7 @@ cdef int pin_mapping(type1_t *t, dma_t *dma) noexcept nogil:
     cdef int err
     if allowed + external > allowed:
         allowed += external
-    err = pin_memory(dma.vaddr, dma.size, rules_of(t, dma), allowed, &pages, &counted)
+    err = pin_memory(vaddr_of(t, dma)[0], dma.size, rules_of(t, dma), allowed, &pages, &counted)
     if err:
         return err
     counted -= min(external, counted)
@@ -150,7 +155,7 @@ cdef int count_page(type1_t *t, dma_t *dma, uint64_t iova, bint *countable) noex
     cdef uint64_t allowed = <uint64_t> -1 if iommu_mapped(dma) else memlock_allowed(t.memlock_limit, dma.lock_cap)
     cdef uint64_t counted
     cdef pin *page = NULL
-    cdef int err = pin_memory(dma.vaddr + (iova - dma.iova), PS, rules_of(t, dma), allowed, &page, &counted)
+    cdef int err = pin_memory(vaddr_of(t, dma)[0] + (iova - dma.iova), PS, rules_of(t, dma), allowed, &page, &counted)
     if err:
         return err
     pin_release(page)
@@ -194,7 +199,7 @@ cdef void release(type1_t *t, dma_t *dma) noexcept nogil:
     if dma.pinned:
         rangemap_free(dma.pinned)
     free(dma.bitmap)
-    free(dma)
+    dmapool_give(t.pool, dma)
     t.dma_avail += 1
 
 
@@ -287,28 +292,50 @@ cdef int update_vaddr(type1_t *t, uint64_t iova, uint64_t vaddr, uint64_t size) 
     if vaddr_valid(t, dma) or dma.iova != iova or dma.size != size:
         return -EINVAL
     # The owner can't change: a model lives in one process, so there is nothing to account anew.
-    dma.vaddr = vaddr
-    dma.valid_in = t.vaddr_generation
+    vaddr_of(t, dma)[0] = vaddr
+    set_vaddr_valid(t, dma, True)
     made_valid(t)
     return 0
 
 
-cdef void fetch_ahead(const rangemap_entry *window, size_t first, size_t n) noexcept nogil:
+cdef void fetch_ahead(const type1_t *t, const rangemap_entry *window, size_t first, size_t n) noexcept nogil:
     cdef size_t i
-    for i in range(n):
-        prefetch(<void *> window[first + i].value, 1)
+    for i in range(first, first + n):
+        prefetch(<void *> window[i].value, 1)
+        prefetch(vaddr_of(t, <dma_t *> window[i].value), 1)
+
+
+cdef bint restore_vaddrs(type1_t *t, const uint64_t *rows, size_t n) noexcept nogil:
+    """update_vaddr for every mapping, all of which are invalid; False, and nothing has changed, if it is not just that."""
+    cdef uint64_t everything = rangemap_count(t.mappings)
+    if n == 0 or n != everything or t.vaddr_invalid_count != everything or t.unfindable:
+        return False
+    if not dmapool_restore(t.mappings, rows, n, min_pgsize(t), not t.vaddr_column):
+        return False
+    pthread_rwlock_wrlock(&t.iotlb)
+    t.vaddr_column = not t.vaddr_column
+    pthread_rwlock_unlock(&t.iotlb)
+    t.vaddr_generation += 1
+    t.vaddrs_valid = True
+    t.vaddr_invalid_count = 0
+    pthread_cond_broadcast(&t.valid)
+    return True
 
 
 cdef int update_vaddrs(type1_t *t, const uint64_t *rows, size_t n, size_t *failed) noexcept nogil:
     """update_vaddr for n rows of (iova, vaddr, size), all or none; *failed = the row that stands against it.
 
-    Rows in ascending order, as whoever restores everything has them, are found by reading the table in order.
+    Rows in ascending order are found by reading the table in order; they may be all that are invalid, as of whoever
+    restores everything, or some.
     """
     cdef rangemap_entry window[WINDOW]
     cdef size_t i, at = 0, filled = 0
     cdef dma_t *dma
     cdef int err = 0
-    cdef uint64_t *before = <uint64_t *> malloc(n * 8 + 8)
+    cdef uint64_t *before
+    if restore_vaddrs(t, rows, n):
+        return 0
+    before = <uint64_t *> malloc(n * 8 + 8)
     if not before:
         failed[0] = 0
         return -ENOMEM
@@ -319,26 +346,26 @@ cdef int update_vaddrs(type1_t *t, const uint64_t *rows, size_t n, size_t *faile
         if at == filled or window[at].start != rows[3 * i]:
             filled = rangemap_copy(t.mappings, rows[3 * i], window, WINDOW)
             at = 0
-            fetch_ahead(window, 0, min(<size_t> AHEAD, filled))
+            fetch_ahead(t, window, 0, min(<size_t> AHEAD, filled))
         if at + AHEAD < filled:
-            prefetch(<void *> window[at + AHEAD].value, 1)
+            fetch_ahead(t, window, at + AHEAD, 1)
         dma = <dma_t *> window[at].value if filled else NULL
         if not dma or window[at].start > rows[3 * i] + (rows[3 * i + 2] - 1) or ends_at_the_top(t, rows[3 * i], rows[3 * i + 2]):
             err = -ENOENT
-        elif vaddr_valid(t, dma) or dma.iova != rows[3 * i] or dma.size != rows[3 * i + 2]:
+        elif vaddr_valid(t, dma) or window[at].start != rows[3 * i] or window[at].last != rows[3 * i] + (rows[3 * i + 2] - 1):
             err = -EINVAL
         if err:
             break
-        before[i] = dma.vaddr
-        dma.vaddr = rows[3 * i + 1]
-        dma.valid_in = t.vaddr_generation
+        before[i] = vaddr_of(t, dma)[0]
+        vaddr_of(t, dma)[0] = rows[3 * i + 1]
+        set_vaddr_valid(t, dma, True)
         at += 1
     if err:
         failed[0] = i
         for i in range(failed[0]):
             dma = find_mapping(t, rows[3 * i])
-            dma.vaddr = before[i]
-            dma.valid_in = 0
+            vaddr_of(t, dma)[0] = before[i]
+            set_vaddr_valid(t, dma, False)
     elif n:
         t.vaddr_invalid_count -= n
         pthread_cond_broadcast(&t.valid)
@@ -380,13 +407,13 @@ cdef int map_dma(type1_t *t, uint64_t iova, uint64_t vaddr, uint64_t size, uint3
         return -ENOSPC
     if not in_one_range(t, iova, last):
         return -EINVAL
-    dma = <dma_t *> calloc(1, sizeof(dma_t))
+    dma = dmapool_take(t.pool)
     if not dma:
         return -ENOMEM
     dma.iova = iova
-    dma.vaddr = vaddr
     dma.size = size
-    dma.valid_in = t.vaddr_generation
+    vaddr_of(t, dma)[0] = vaddr
+    set_vaddr_valid(t, dma, True)
     dma.prot = flags
     dma.lock_cap = t.memlock_limit == MEMLOCK_UNLIMITED or memlock_capable()
     t.dma_avail -= 1
@@ -414,7 +441,7 @@ cdef void notify_unmap(void *owner, uint64_t iova, uint64_t size) noexcept with 
 cdef void revert_invalid(type1_t *t, uint64_t iova, dma_t *stop) noexcept nogil:
     cdef dma_t *dma = first_from(t, iova)
     while dma != stop:
-        dma.valid_in = t.vaddr_generation
+        set_vaddr_valid(t, dma, True)
         t.vaddr_invalid_count -= 1
         dma = next_of(t, dma)
 
@@ -427,6 +454,7 @@ cdef int invalidate_vaddrs(type1_t *t, uint64_t iova, uint64_t last, bint everyt
     cdef dma_t *dma
     if everything and t.vaddr_invalid_count == 0:
         t.vaddr_generation += 1
+        t.vaddrs_valid = False
         t.vaddr_invalid_count = rangemap_count(t.mappings)
         dma = t.unfindable
         while dma:
@@ -436,7 +464,7 @@ cdef int invalidate_vaddrs(type1_t *t, uint64_t iova, uint64_t last, bint everyt
         return 0
     while filled == WINDOW:
         filled = rangemap_copy(t.mappings, key, window, WINDOW)
-        fetch_ahead(window, 0, filled)
+        fetch_ahead(t, window, 0, filled)
         for i in range(filled):
             dma = <dma_t *> window[i].value
             if dma.iova > last:
@@ -445,7 +473,7 @@ cdef int invalidate_vaddrs(type1_t *t, uint64_t iova, uint64_t last, bint everyt
             if not vaddr_valid(t, dma):
                 revert_invalid(t, iova, dma)
                 return -EINVAL
-            dma.valid_in = 0
+            set_vaddr_valid(t, dma, False)
             t.vaddr_invalid_count += 1
             size[0] += dma.size
         if not filled or window[filled - 1].last == <uint64_t> -1:
@@ -454,7 +482,7 @@ cdef int invalidate_vaddrs(type1_t *t, uint64_t iova, uint64_t last, bint everyt
     dma = t.unfindable if everything else NULL
     while dma:
         if vaddr_valid(t, dma):
-            dma.valid_in = 0
+            set_vaddr_valid(t, dma, False)
             t.vaddr_invalid_count += 1
             size[0] += dma.size
         dma = dma.next

@@ -17,6 +17,7 @@ from .mappings cimport find_mapping
 from .pinning cimport device_access
 from .state cimport (
     VSVA, dma_t, pagewalk, pin_page, pin_read, pin_swap, pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, type1_t,
+    vaddr_of,
 )
 from .uapi cimport MAP_WRITE, bind_data, cache_info, nesting_head, nesting_info
 
@@ -411,7 +412,7 @@ cdef size_t translate_many(type1_t *t, const uint64_t *addresses, uint64_t *out,
             at = out[i]
             dma = NULL if nested and at == <uint64_t> -1 else find_mapping(t, at)
             if dma and dma.pages:
-                out[i] = dma.vaddr + (at - dma.iova)
+                out[i] = vaddr_of(t, dma)[0] + (at - dma.iova)
                 hits += 1
             else:
                 out[i] = <uint64_t> -1

@@ -10,7 +10,7 @@ from .dirty cimport dirty_mark
 from .mappings cimport count_page, find_mapping, uncount_page, wait_until_valid
 from .state cimport (
     PS, V6_1, V7_2, dma_t, group_t, pin_read, pin_write, pthread_rwlock_rdlock, pthread_rwlock_unlock,
-    rangemap_entry, rangemap_find, rangemap_insert, rangemap_new, rangemap_remove, rangemap_set_value, type1_t,
+    rangemap_entry, rangemap_find, rangemap_insert, rangemap_new, rangemap_remove, rangemap_set_value, type1_t, vaddr_of,
 )
 from .uapi cimport MAP_READ, MAP_WRITE
 
@@ -107,7 +107,7 @@ cdef int dma_rw(type1_t *t, uint64_t iova, void *data, uint64_t size, bint write
         if (write and not dma.prot & MAP_WRITE) or not dma.prot & MAP_READ:
             return -EPERM
         part = min(size, dma.iova + dma.size - iova)
-        vaddr = dma.vaddr + (iova - dma.iova)
+        vaddr = vaddr_of(t, dma)[0] + (iova - dma.iova)
         if user_write(vaddr, at, part) if write else user_read(at, vaddr, part):
             return -EFAULT
         if write:

@@ -83,19 +83,26 @@ cdef enum:
 cdef enum:
     PS = 4096                               # CPU page size
 
-cdef struct dma_t:                          # one mapping
-    # These five are in one cache line: a vaddr update of everything needs no other.
-    uint64_t iova, vaddr, size
-    uint64_t valid_in                       # the vaddr is valid while this is the instance's vaddr_generation
-    uint32_t prot
-    uint64_t locked                         # pages that it accounts
-    pin *pages                              # how devices reach it; NULL = not mapped in an IOMMU
-    rangemap *pinned                        # externally pinned pages: iova -> references << 1 | countable; NULL = none yet
-    uint64_t countable                      # pinned pages that can be accounted: not the zero page
-    uint64_t *bitmap                        # raw words as the kernel keeps them, one u64 more than needed; NULL = not tracked
-    uint64_t bitmap_words
-    dma_t *next                             # in the list of unfindable mappings
-    bint lock_cap
+cdef extern from "dmapool.h" nogil:         # what the fields are is said there
+    ctypedef struct dmapool:
+        pass
+    ctypedef struct dma_t:
+        uint64_t iova, size, exception_in
+        uint32_t prot
+        bint lock_cap
+        uint64_t locked
+        pin *pages
+        rangemap *pinned
+        uint64_t countable
+        uint64_t *bitmap
+        uint64_t bitmap_words
+        dma_t *next
+    dmapool *dmapool_new()
+    void dmapool_free(dmapool *)
+    dma_t *dmapool_take(dmapool *)
+    void dmapool_give(dmapool *, dma_t *)
+    uint64_t *dmapool_vaddr(const dma_t *, unsigned column)
+    bint dmapool_restore(rangemap *mappings, const uint64_t *rows, size_t n, uint64_t pgsize, unsigned column)
 
 cdef struct iova_range:
     uint64_t start, last
@@ -125,6 +132,7 @@ cdef struct type1_t:
     bint v2, nesting, tracking, dead
     bint container_closed                   # its descriptor is gone: nobody can make a vaddr valid any more
     rangemap *mappings                      # iova -> dma_t *
+    dmapool *pool                           # where these come from
     dma_t *unfindable                       # up to 6.12: mappings that end at 2**64, which only ALL finds
     domain_t *domains                       # newest first
     group_t *emulated
@@ -133,7 +141,9 @@ cdef struct type1_t:
     uint64_t pgsizes
     uint32_t dma_avail
     uint64_t vaddr_invalid_count
-    uint64_t vaddr_generation               # from 1; a new one invalidates every vaddr at once
+    uint64_t vaddr_generation               # from 1; a new one makes every vaddr what `vaddrs_valid` says, at once
+    bint vaddrs_valid                       # but for those of mappings with exception_in == vaddr_generation
+    unsigned vaddr_column                   # of the pool; changes under iotlb
     uint64_t mapped_bytes
     uint64_t non_pinned_groups
     uint64_t unmap_listeners                # open devices that registered an unmap callback
@@ -148,8 +158,14 @@ cdef inline uint64_t min_pgsize(const type1_t *t) noexcept nogil:
 cdef inline bint iommu_mapped(const dma_t *dma) noexcept nogil:
     return dma.pages != NULL
 
+cdef inline uint64_t *vaddr_of(const type1_t *t, const dma_t *dma) noexcept nogil:
+    return dmapool_vaddr(dma, t.vaddr_column)
+
 cdef inline bint vaddr_valid(const type1_t *t, const dma_t *dma) noexcept nogil:
-    return dma.valid_in == t.vaddr_generation
+    return (dma.exception_in == t.vaddr_generation) != t.vaddrs_valid
+
+cdef inline void set_vaddr_valid(const type1_t *t, dma_t *dma, bint valid) noexcept nogil:
+    dma.exception_in = 0 if valid == t.vaddrs_valid else t.vaddr_generation
 
 # The first mapping that ends at or after key, or NULL.
 cdef inline dma_t *first_from(type1_t *t, uint64_t key) noexcept nogil:

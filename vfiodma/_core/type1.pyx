@@ -23,7 +23,7 @@ from .nesting cimport PasidSpace, nesting_stop
 from .pinning cimport dma_rw, pin_pages, unpin_pages
 from .state cimport (
     V5_4, V5_12, V6_1, V6_12, V7_2, VSVA, dma_t, first_from, iova_range, min_pgsize, next_of, pthread_cond_broadcast,
-    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, rangemap_count, vaddr_valid,
+    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, rangemap_count, vaddr_of, vaddr_valid,
 )
 from .uapi cimport MAP_VADDR, NESTING_OP, UNMAP_ALL, UNMAP_VADDR
 
@@ -663,7 +663,7 @@ cdef class Type1:
             rows = array
             dma = first_from(self.t, 0)
             while dma:
-                rows[i, 0], rows[i, 1], rows[i, 2], rows[i, 3], rows[i, 4] = dma.iova, dma.vaddr, dma.size, dma.prot, vaddr_valid(self.t, dma)
+                rows[i, 0], rows[i, 1], rows[i, 2], rows[i, 3], rows[i, 4] = dma.iova, vaddr_of(self.t, dma)[0], dma.size, dma.prot, vaddr_valid(self.t, dma)
                 i += 1
                 dma = next_of(self.t, dma)
         finally:
