@@ -35,7 +35,8 @@ class SelfTest:
         group = IommuGroup(number, APERTURE, (), PAGE, False, True, True, True)
         device = IommufdDevice(context, group, hw_type=HW_INFO_SELFTEST, hw_data=bytes(8), can_track=True,
                                hw_capabilities=9 if self.newest else 1,
-                               block=2 * PAGE if self.newest else 0)        # its memory is scattered over CPU pages
+                               block=2 * PAGE if self.newest else 0,        # its memory is scattered over CPU pages
+                               asks_pages=True)
         try:
             table = device.attach(ioas)
         except OSError:

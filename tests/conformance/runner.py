@@ -474,7 +474,7 @@ def cannot_run(row):
     return None
 
 
-def replay(target, kernel, set_name, only="*", skip_tags=frozenset(), leave_out=frozenset()):
+def replay(target, kernel, set_name, only="*", skip_tags=frozenset()):
     """Yield (row, reason it is left out or None, its differences) for each scenario that ``kernel`` answered."""
     for row in load(set_name):
         expected = row["answers"].get(kernel)
@@ -484,7 +484,7 @@ def replay(target, kernel, set_name, only="*", skip_tags=frozenset(), leave_out=
         if tags:
             reason = f"tag {', '.join(sorted(tags))}"
         else:
-            reason = "left out by name" if row["name"] in leave_out else cannot_run(row)
+            reason = cannot_run(row)
         yield row, reason, [] if reason else list(differences(expected, run_isolated(target, row)))
 
 

@@ -13,14 +13,10 @@ def test_answers_as_the_kernel_did(set_name, kernel):
     check(make_target(kernel, set_name), kernel, set_name, IMPOSSIBLE)
 
 
-#: Rows that need nested page tables, which are not modelled.
-NESTED = frozenset({"mock/hwpt-nested"})
-
-
 @pytest.mark.parametrize("kernel", ["6.12", "7.2"])
 @pytest.mark.parametrize("set_name", ["iommufd", "found-iommufd"])
 def test_iommufd_answers_as_the_kernel_did(set_name, kernel):
-    check(make_target(kernel, set_name), kernel, set_name, IMPOSSIBLE, leave_out=NESTED)
+    check(make_target(kernel, set_name), kernel, set_name, IMPOSSIBLE)
 
 
 @pytest.mark.parametrize("kernel", ["6.1", "6.12", "7.2"])

@@ -485,9 +485,11 @@ def test_pins_need_only_the_permission_that_they_ask_for(mediated, memory):
 
 def test_fault_queues_are_empty(door):
     _, _, number, fd = door.call(FAULT_QUEUE, "IIII", 16, 0, 0, 0)
-    assert door.vfio.pread(fd, 80, 0) == b""
-    refused(errno.ESPIPE, door.vfio.pread, fd, 41, 0)
-    refused(errno.EINVAL, door.vfio.pwrite, fd, bytes(8), 0)
+    assert door.vfio.read(fd, 80) == b""
+    refused(errno.ESPIPE, door.vfio.read, fd, 41)
+    refused(errno.ESPIPE, door.vfio.pread, fd, 40, 0)
+    refused(errno.ESPIPE, door.vfio.pwrite, fd, bytes(8), 0)
+    refused(errno.EINVAL, door.vfio.write, fd, bytes(8))
     refused(errno.EBUSY, door.call, DESTROY, "II", 8, number)
     door.vfio.close(fd)
     door.call(DESTROY, "II", 8, number)

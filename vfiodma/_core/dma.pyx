@@ -13,8 +13,8 @@ from libc.string cimport memcpy, memset
 from .args cimport acquire, new_bytes, u64
 from .errno cimport raise_errno
 from .nesting cimport (
-    PAGEWALK_PASID_FETCH, PAGEWALK_PRIV, PAGEWALK_READ, PAGEWALK_WRITE, cache_size, nested_access, nested_bound,
-    pagewalk_fault, translate_many,
+    PAGEWALK_OOR_ADDRESS, PAGEWALK_PASID_FETCH, PAGEWALK_PRIV, PAGEWALK_READ, PAGEWALK_WRITE, cache_size, nested_access,
+    nested_bound, pagewalk_fault, translate_many,
 )
 from .pinning cimport device_access, dma_rw
 from .state cimport (
@@ -23,6 +23,7 @@ from .state cimport (
 )
 from .type1 cimport IommuGroup, Type1
 
+from ..errors import MemoryFaultError
 from ..types import DmaFault
 
 cdef extern from "dirtylog.h" nogil:
@@ -71,6 +72,9 @@ cdef class DmaPath:
     cdef int access(self, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
         done[0] = 0
         return -EINVAL
+
+    cdef bint nests(self) noexcept nogil:
+        return False
 
     cdef int nested(self, uint64_t pasid, uint64_t address, void *data, uint64_t size, unsigned access, uint64_t *gpa,
                     uint64_t *done, pagewalk_fault *fault) noexcept nogil:
@@ -309,13 +313,15 @@ cdef class DmaPort:
             at += done
             data += done
             size -= done
+            if size and not err and at < done:          # addresses do not go round
+                err, fault.reason, fault.missing, fault.fetched = -EFAULT, PAGEWALK_OOR_ADDRESS, False, False
             if err and not (fault.missing and self.fault_sink is not None and self.fault_sink.request_page(pasid, at, access)):
                 if self.fault_sink is not None:
                     self.fault_sink.unrecoverable(fault.reason, pasid, access, at, fault.fetch_addr if fault.fetched else None)
                 self.fault_count += 1
                 self.faults.append(DmaFault(self.device, at, size, bool(write), NESTED_REASONS[fault.reason]))
                 raise_errno(EFAULT, operation, at, size,
-                            f"DMA fault of {self.device}, PASID {pasid}: {NESTED_REASONS[fault.reason]}")
+                            f"DMA fault of {self.device}{f', PASID {pasid}' if pasid else ''}: {NESTED_REASONS[fault.reason]}")
         return 0
 
     def read(self, iova, size, pasid=None, privileged=False):
@@ -333,8 +339,8 @@ cdef class DmaPort:
         cdef bytes data = new_bytes("dma_read", iova, length)
         cdef char *to = PyBytes_AS_STRING(data)
         cdef int err
-        if pasid is not None:
-            self.access_nested(u64("dma_read", pasid), at, to, length, False, privileged)
+        if pasid is not None or path.nests():
+            self.access_nested(u64("dma_read", pasid or 0), at, to, length, False, privileged)
             return data
         with nogil:
             err = self.access(path, at, to, length, False, &done)
@@ -351,8 +357,8 @@ cdef class DmaPort:
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             size = view.len
-            if pasid is not None:
-                self.access_nested(u64("dma_write", pasid), at, <char *> view.buf, size, True, privileged)
+            if pasid is not None or path.nests():
+                self.access_nested(u64("dma_write", pasid or 0), at, <char *> view.buf, size, True, privileged)
                 return
             with nogil:
                 err = self.access(path, at, view.buf, size, True, &done)
@@ -387,6 +393,13 @@ cdef class DmaPort:
                 if where.ndim != 1 or what.ndim != 2 or what.shape[0] != n:
                     raise TypeError("expected n uint64 addresses and an (n, k) array of bytes")
                 size = what.shape[1] * what.itemsize
+                if path.nests():
+                    for i in range(n):
+                        try:
+                            self.access_nested(0, (<uint64_t *> where.buf)[i], <char *> what.buf + i * size, size, True, False)
+                        except MemoryFaultError:
+                            faulted += 1
+                    return faulted
                 while i < n:
                     with nogil:
                         err = 0

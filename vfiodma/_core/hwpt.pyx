@@ -3,17 +3,23 @@
 A table shows all areas of its address space from the moment it exists; while an address space has one, its areas are pinned.
 Callers hold the context's lock.  Source: hw_pagetable and device of iommufd, Linux 6.12 and 7.2.
 """
-from libc.errno cimport EINVAL, ENOENT, ENOMEM, EOPNOTSUPP, EPERM
+from libc.errno cimport EFAULT, EINVAL, ENODEV, ENOENT, ENOMEM, EOPNOTSUPP, EPERM
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
+from .hwpt_nested cimport nested_enter, nested_forget, nested_free, nested_new, nested_walk
 from .ioas cimport READABLE, WRITEABLE, area_drop, area_hold, check_alignment, reserve, unreserve, update_alignment
 from .ioas_dirty cimport dirty_forget, dirty_mark
 from .ioas_objects cimport object_add, object_remove
 from .ioas_pages cimport pages_access
 from .ioas_state cimport (
-    DEVICE, FAULT_QUEUE, FREE, HWPT, IOAS, area_after, area_at, area_from, area_t, context_t, device_t, hwpt_t, ioas_t,
-    lowest_bit, object_of,
+    DEVICE, FAULT_QUEUE, FREE, HWPT, IOAS, NESTED, area_after, area_at, area_from, area_t, attachment_t, context_t,
+    device_t, hwpt_t, ioas_t, lowest_bit, object_of, queue_t,
+)
+from .nesting cimport (
+    PAGEWALK_BAD_PASID_ENTRY, PAGEWALK_PASID_FETCH, PAGEWALK_PASID_INVALID, PAGEWALK_PERMISSION, PAGEWALK_PTE_FETCH,
+    PAGEWALK_UNKNOWN, PAGEWALK_WRITE, pagewalk_fault, pagewalk_result, wrote_entry,
 )
 from .state cimport PS, V7_2, pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock
 
@@ -38,6 +44,7 @@ cdef hwpt_t *hwpt_new(ioas_t *ioas, const device_t *device, int *err) noexcept n
     hwpt.coherent = device.coherent
     hwpt.generic_table = device.generic_table
     hwpt.block = device.block
+    hwpt.nest = device.nest
     return hwpt
 
 
@@ -95,6 +102,11 @@ cdef void hwpt_destroy(hwpt_t *hwpt) noexcept nogil:
     cdef ioas_t *ioas = hwpt.ioas
     cdef hwpt_t **link = &ioas.hwpts
     cdef area_t *area
+    if hwpt.queue:
+        hwpt.queue.users -= 1
+    if hwpt.parent:
+        nested_free(hwpt)
+        return
     while link[0] and link[0] != hwpt:
         link = &link[0].next
     if link[0]:
@@ -141,9 +153,33 @@ cdef int reserve_regions(ioas_t *ioas, device_t *device) noexcept nogil:
 
 
 cdef void set_hwpt(context_t *c, device_t *device, hwpt_t *hwpt) noexcept nogil:
+    cdef hwpt_t *old = device.hwpt
     pthread_rwlock_wrlock(&c.iotlb)
     device.hwpt = hwpt
+    device.nests = hwpt and (hwpt.parent or hwpt.queue)
+    c.attachments += 1
+    device.serial = c.attachments
     pthread_rwlock_unlock(&c.iotlb)
+    if old and old.parent:
+        nested_forget(old)
+
+
+cdef bint group_has_pasids(const context_t *c, const void *group) noexcept nogil:
+    cdef device_t *device = c.devices
+    while device:
+        if device.group == group and device.pasids:
+            return True
+        device = device.next
+    return False
+
+
+cdef int enter_iommu(const context_t *c, hwpt_t *hwpt, const device_t *device) noexcept nogil:
+    """Can the device's IOMMU use the table?"""
+    if not hwpt.pasids and group_has_pasids(c, device.group) or not fits_iommu(hwpt, device):
+        return -EINVAL
+    if hwpt.queue and not device.asks_pages:
+        return -ENODEV
+    return nested_enter(hwpt, device) if hwpt.parent else 0
 
 
 cdef int attach(context_t *c, device_t *device, hwpt_t *hwpt) noexcept nogil:
@@ -154,9 +190,10 @@ cdef int attach(context_t *c, device_t *device, hwpt_t *hwpt) noexcept nogil:
     err = reserve_regions(hwpt.ioas, device)
     if err:
         return err
-    if not fits_iommu(hwpt, device):
+    err = enter_iommu(c, hwpt, device)
+    if err:
         unreserve(hwpt.ioas, device)
-        return -EINVAL
+        return err
     hwpt.users += 1
     set_hwpt(c, device, hwpt)
     return 0
@@ -180,8 +217,8 @@ cdef int replace(context_t *c, device_t *device, hwpt_t *hwpt) noexcept nogil:
         if other.hwpt == old and other.group == device.group and old.ioas != hwpt.ioas:
             err = reserve_regions(hwpt.ioas, other)
         other = other.next
-    if not err and not fits_iommu(hwpt, device):
-        err = -EINVAL
+    if not err:
+        err = enter_iommu(c, hwpt, device)
     other = c.devices
     while other:
         if other.hwpt == old and other.group == device.group:
@@ -230,14 +267,19 @@ cdef int attach_automatic(context_t *c, device_t *device, ioas_t *ioas, uint32_t
     return 0
 
 
+cdef hwpt_t *hwpt_of(const context_t *c, uint32_t id) noexcept nogil:
+    cdef hwpt_t *hwpt = <hwpt_t *> object_of(c, id, HWPT)
+    return hwpt if hwpt else <hwpt_t *> object_of(c, id, NESTED)
+
+
 cdef int refuse_attach(context_t *c, uint32_t pt) noexcept nogil:
-    """Why nothing attaches to an object that is no address space or table, or with a PASID to any."""
+    """Why nothing attaches to an object that is no address space or table."""
     return -ENOENT if pt >= c.room or c.objects[pt].kind == FREE else -EINVAL
 
 
 cdef int device_attach(context_t *c, device_t *device, uint32_t *pt) noexcept nogil:
     """Attach to an address space or to a table; one that is attached is moved.  *pt becomes the table's id."""
-    cdef hwpt_t *hwpt = <hwpt_t *> object_of(c, pt[0], HWPT)
+    cdef hwpt_t *hwpt = hwpt_of(c, pt[0])
     cdef ioas_t *ioas = <ioas_t *> object_of(c, pt[0], IOAS)
     if ioas:
         return attach_automatic(c, device, ioas, pt)
@@ -255,6 +297,77 @@ cdef void device_detach(context_t *c, device_t *device) noexcept nogil:
     put(hwpt)
 
 
+# ---- PASIDs: numbers of a device, each with a table of its own
+
+cdef attachment_t **pasid_link(device_t *device, uint32_t pasid) noexcept nogil:
+    cdef attachment_t **link = &device.pasids
+    while link[0] and link[0].pasid != pasid:
+        link = &link[0].next
+    return link
+
+
+cdef int pasid_attach(context_t *c, device_t *device, uint32_t pasid, uint32_t pt) noexcept nogil:
+    """Attach a PASID to a table, or move it there."""
+    cdef attachment_t *entry = pasid_link(device, pasid)[0]
+    cdef hwpt_t *hwpt = hwpt_of(c, pt)
+    cdef hwpt_t *own = hwpt_of_group(c, device)
+    cdef hwpt_t *old
+    cdef int err
+    if not hwpt:
+        return refuse_attach(c, pt)     # also an address space: the tables made for one take no PASIDs
+    # As a whole group uses them or none.
+    if not pasid or pasid >= device.npasids or not hwpt.pasids or own and not own.pasids or not fits_iommu(hwpt, device):
+        return -EINVAL
+    if hwpt.queue and not device.asks_pages:
+        return -ENODEV
+    err = nested_enter(hwpt, device) if hwpt.parent else 0
+    if err:
+        return err
+    if entry and entry.hwpt == hwpt:
+        return 0
+    old = entry.hwpt if entry else NULL
+    if not entry:
+        entry = <attachment_t *> calloc(1, sizeof(attachment_t))
+        if not entry:
+            return -ENOMEM
+        entry.pasid = pasid
+    hwpt.users += 1
+    pthread_rwlock_wrlock(&c.iotlb)
+    if not old:
+        entry.next = device.pasids
+        device.pasids = entry
+    c.attachments += 1
+    entry.hwpt, entry.serial = hwpt, c.attachments
+    pthread_rwlock_unlock(&c.iotlb)
+    if old:
+        old.users -= 1
+        if old.parent:
+            nested_forget(old)
+    return 0
+
+
+cdef void pasid_detach(context_t *c, device_t *device, uint32_t pasid) noexcept nogil:
+    cdef attachment_t **link = pasid_link(device, pasid)
+    cdef attachment_t *gone = link[0]
+    if not gone:
+        return
+    pthread_rwlock_wrlock(&c.iotlb)
+    link[0] = gone.next
+    pthread_rwlock_unlock(&c.iotlb)
+    gone.hwpt.users -= 1
+    if gone.hwpt.parent:
+        nested_forget(gone.hwpt)
+    free(gone)
+
+
+cdef const queue_t *device_queue(device_t *device, uint32_t pasid, uint64_t *serial) noexcept nogil:
+    """Where a device asks for missing pages, or NULL; the attachment's serial, 0 = it is in no table."""
+    cdef attachment_t *entry = pasid_link(device, pasid)[0] if pasid else NULL
+    cdef hwpt_t *hwpt = (entry.hwpt if entry else NULL) if pasid else device.hwpt
+    serial[0] = (entry.serial if pasid else device.serial) if hwpt else 0
+    return hwpt.queue if hwpt else NULL
+
+
 cdef int device_bind(context_t *c, device_t *device) noexcept nogil:
     cdef int err = object_add(c, DEVICE, device, &device.id)
     if err:
@@ -266,6 +379,8 @@ cdef int device_bind(context_t *c, device_t *device) noexcept nogil:
 
 cdef void device_unbind(context_t *c, device_t *device) noexcept nogil:
     cdef device_t **link = &c.devices
+    while device.pasids:
+        pasid_detach(c, device, device.pasids.pasid)
     device_detach(c, device)
     while link[0] != device:
         link = &link[0].next
@@ -294,11 +409,32 @@ cdef int alloc_paging(context_t *c, const hwpt_arguments *args, device_t *device
     hwpt.nest_parent = args.flags & NEST_PARENT
     hwpt.tracks = args.flags & DIRTY_TRACKING
     err = hwpt_fill(hwpt)
-    if not err and args.flags & FAULT_ID_VALID and not object_of(c, args.fault, FAULT_QUEUE):
-        err = -ENOENT
-    if err:
-        hwpt_destroy(hwpt)
-        return err
+    return finish(c, args, hwpt, id) if not err else undo_hwpt(hwpt, err)
+
+
+cdef int alloc_nested(context_t *c, const hwpt_arguments *args, device_t *device, hwpt_t *parent, uint32_t *id) noexcept nogil:
+    cdef hwpt_t *hwpt
+    cdef int err
+    if args.flags & ~<uint32_t> (FAULT_ID_VALID | (PASID if c.version >= V7_2 else 0)) or not args.data_len:
+        return -EOPNOTSUPP
+    err = nested_new(c, device, parent, args.data_type, args.data_len, args.data, &hwpt)
+    return finish(c, args, hwpt, id) if not err else err
+
+
+cdef int undo_hwpt(hwpt_t *hwpt, int err) noexcept nogil:
+    hwpt_destroy(hwpt)
+    return err
+
+
+cdef int finish(context_t *c, const hwpt_arguments *args, hwpt_t *hwpt, uint32_t *id) noexcept nogil:
+    """What tables of both kinds have."""
+    cdef queue_t *queue = <queue_t *> object_of(c, args.fault, FAULT_QUEUE)
+    hwpt.pasids = args.flags & PASID
+    if args.flags & FAULT_ID_VALID:
+        if not queue:
+            return undo_hwpt(hwpt, -ENOENT)
+        queue.users += 1
+        hwpt.queue = queue
     id[0] = hwpt.id
     return 0
 
@@ -313,13 +449,7 @@ cdef int hwpt_alloc(context_t *c, const hwpt_arguments *args, uint32_t *id) noex
         return -ENOENT
     if ioas:
         return alloc_paging(c, args, device, ioas, id)
-    if not parent:
-        return -EINVAL
-    if args.flags & ~<uint32_t> (FAULT_ID_VALID | (PASID if c.version >= V7_2 else 0)) or not args.data_len:
-        return -EOPNOTSUPP
-    if parent.automatic or not parent.nest_parent:
-        return -EINVAL
-    return -EOPNOTSUPP                  # nested tables are not modelled: as an IOMMU whose driver knows none
+    return alloc_nested(c, args, device, parent, id) if parent else -EINVAL
 
 
 # ---- DMA
@@ -331,8 +461,9 @@ cdef bint permitted(const context_t *c, const area_t *area, bint write) noexcept
     return True
 
 
-cdef int device_dma(context_t *c, device_t *device, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
-    """A device's access through its table, beside others'; takes only `iotlb`.
+cdef int table_dma(context_t *c, const hwpt_t *hwpt, uint64_t iova, void *data, uint64_t size, bint write,
+                   uint64_t *done) noexcept nogil:
+    """A device's access through a table of the hardware (NULL: none); the caller has `iotlb`.
 
     -ENOENT nothing mapped, -EPERM not permitted, -EFAULT the memory is gone; *done = bytes moved before that.
     """
@@ -341,9 +472,8 @@ cdef int device_dma(context_t *c, device_t *device, uint64_t iova, void *data, u
     cdef area_t *area
     cdef int err = 0
     done[0] = 0
-    pthread_rwlock_rdlock(&c.iotlb)
     while size and not err:
-        area = area_at(device.hwpt.ioas, iova) if device.hwpt else NULL
+        area = area_at(hwpt.ioas, iova) if hwpt else NULL
         if not area or not area.held:
             err = -ENOENT
             break
@@ -356,10 +486,61 @@ cdef int device_dma(context_t *c, device_t *device, uint64_t iova, void *data, u
             break
         # After the bytes are there: whoever takes the bit finds them.
         if write:
-            dirty_mark(area, device.hwpt, iova, part)
+            dirty_mark(area, hwpt, iova, part)
         iova += part
         at += part
         size -= part
         done[0] += part
+    return err
+
+
+cdef int device_dma(context_t *c, device_t *device, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
+    """A device's access through its table, beside others'; takes only `iotlb`.  Not through a guest's: that is nested_dma."""
+    cdef int err
+    pthread_rwlock_rdlock(&c.iotlb)
+    err = table_dma(c, NULL if device.hwpt and device.hwpt.parent else device.hwpt, iova, data, size, write, done)
+    pthread_rwlock_unlock(&c.iotlb)
+    return err
+
+
+cdef uint32_t no_table(const device_t *device, uint64_t pasid) noexcept nogil:
+    if not pasid:
+        return PAGEWALK_PTE_FETCH
+    if not device.npasids:
+        return PAGEWALK_PASID_FETCH
+    return PAGEWALK_BAD_PASID_ENTRY if pasid < device.npasids else PAGEWALK_PASID_INVALID
+
+
+cdef int nested_dma(context_t *c, device_t *device, uint64_t pasid, uint64_t address, void *data, uint64_t size,
+                    unsigned access, uint64_t *gpa, uint64_t *done, pagewalk_fault *fault, wrote_entry wrote, void *log) noexcept nogil:
+    """An access with a PASID, or without one (0): up to the end of a page of the guest's table, if there is one.
+
+    -EFAULT with *fault filled in; *gpa = where the second stage found it.
+    """
+    cdef attachment_t *entry
+    cdef pagewalk_result found
+    cdef hwpt_t *hwpt
+    cdef int err = 0
+    done[0] = gpa[0] = 0
+    memset(fault, 0, sizeof(pagewalk_fault))
+    pthread_rwlock_rdlock(&c.iotlb)
+    entry = pasid_link(device, pasid)[0] if pasid and pasid < device.npasids else NULL
+    hwpt = (entry.hwpt if entry else NULL) if pasid else device.hwpt
+    if not hwpt:
+        fault.reason = no_table(device, pasid)
+        err = -EFAULT
+    else:
+        found.gpa, found.room = address, min(size, 0 - address if address else size)
+        if hwpt.parent:
+            err = nested_walk(hwpt, address, access, &found, fault, wrote, log)
+        if not err:
+            gpa[0] = found.gpa
+            err = table_dma(c, hwpt.parent if hwpt.parent else hwpt, found.gpa, data, min(size, found.room),
+                            (access & PAGEWALK_WRITE) != 0, done)
+            if err:
+                fault.reason = PAGEWALK_PERMISSION if err == -EPERM else PAGEWALK_UNKNOWN if err == -EFAULT else PAGEWALK_PTE_FETCH
+                # A table of the hardware is the VMM's, which can map the page.
+                fault.missing = err == -ENOENT and not hwpt.parent
+                err = -EFAULT
     pthread_rwlock_unlock(&c.iotlb)
     return err

@@ -7,14 +7,18 @@ import os
 
 cimport cython
 from cpython.exc cimport PyErr_WriteUnraisable
-from libc.errno cimport EINVAL
+from libc.errno cimport EINVAL, ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from .dma cimport DmaPath
+from .dma cimport DmaPath, log_entry
 from .errno cimport raise_errno
-from .hwpt cimport device_attach, device_bind, device_detach, device_dma, device_unbind, hwpt_destroy, refuse_attach
+from .hwpt cimport (
+    device_attach, device_bind, device_detach, device_dma, device_queue, device_unbind, hwpt_destroy, nested_dma,
+    pasid_attach, pasid_detach,
+)
+from .hwpt_nested cimport nested_cache
 from .ioas cimport ioas_free
 from .ioas_access cimport (
     access_attach, access_bind, access_detach, access_pin, access_rw, access_unbind, access_unpin,
@@ -25,10 +29,12 @@ from .ioas_ioctl cimport NEEDS_DESCRIPTOR, iommufd_ioctl
 from .ioas_objects cimport object_add, object_remove
 from .ioas_pages cimport forget_user_charges
 from .ioas_state cimport (
-    ACCESS, DEVICE, FAULT_QUEUE, HWPT, IOAS, OTHER, area_at, area_t, hwpt_t, ioas_t, object_of,
+    ACCESS, DEVICE, FAULT_QUEUE, HWPT, IOAS, NEST_NONE, NEST_SELFTEST, NEST_VTD, NESTED, OTHER, area_at, area_t, hwpt_t,
+    ioas_t, object_of, queue_t,
 )
+from .nesting cimport pagewalk_fault
 from .state cimport (
-    PS, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    PS, V7_2, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_trylock, pthread_mutex_unlock, pthread_rwlock_destroy, pthread_rwlock_init, pthread_rwlock_rdlock,
     pthread_rwlock_unlock, pthread_rwlockattr_init, pthread_rwlockattr_setkind_np, pthread_rwlockattr_t,
 )
@@ -38,6 +44,10 @@ from ..errors import ForkedError
 from ..uapi import iommufd as _abi
 from ..uapi import vfio as _vfio
 from .type1 import VERSIONS, generation
+
+cdef enum:
+    HW_INFO_INTEL_VTD = 1
+    HW_INFO_SELFTEST = 0xfeedbeef
 
 _NAMES = {number: name.removeprefix("IOMMUFD_CMD_").lower() for name, number in vars(_abi).items()
           if name.startswith("IOMMUFD_CMD_") and name != "IOMMUFD_CMD_BASE"}
@@ -106,6 +116,12 @@ cdef class IommufdContext:
         """Leaf first.  Devices and accesses hold the context, so there are none."""
         cdef size_t i
         for i in range(self.c.room):
+            if self.c.objects[i].kind == NESTED:
+                hwpt_destroy(<hwpt_t *> self.c.objects[i].data)
+        for i in range(self.c.room):
+            if self.c.objects[i].kind == FAULT_QUEUE:
+                free(self.c.objects[i].data)
+                object_remove(&self.c, i)
             if self.c.objects[i].kind == HWPT:
                 hwpt_destroy(<hwpt_t *> self.c.objects[i].data)
         for i in range(self.c.room):
@@ -194,26 +210,58 @@ cdef class IommufdContext:
 
     # ---- objects of others
 
-    def add_object(self, bint fault_queue=False):
+    def add_object(self):
         """Draw an id for something that the caller keeps; destroying it by id is EBUSY until remove_object."""
         cdef uint32_t number
         cdef int err
         self.enter("add_object")
-        err = object_add(&self.c, FAULT_QUEUE if fault_queue else OTHER, <void *> self, &number)
+        err = object_add(&self.c, OTHER, <void *> self, &number)
         self.leave()
         if err:
             raise_errno(-err, "add_object")
         return number
 
-    def remove_object(self, uint32_t number, bint keep=False):
-        """Give an id of add_object back, or keep it for whoever destroys it."""
+    def remove_object(self, uint32_t number):
+        """Give an id of add_object back."""
         self.enter("remove_object")
-        if object_of(&self.c, number, FAULT_QUEUE) or object_of(&self.c, number, OTHER):
-            if keep:
-                self.c.objects[number].data = NULL
-            else:
-                object_remove(&self.c, number)
+        if object_of(&self.c, number, OTHER):
+            object_remove(&self.c, number)
         self.leave()
+
+    def add_fault_queue(self):
+        """Make a queue of page faults whose descriptor is open; return its id."""
+        cdef queue_t *queue = <queue_t *> calloc(1, sizeof(queue_t))
+        cdef int err = -ENOMEM
+        self.enter("fault_queue_alloc")
+        if queue:
+            queue.open = True
+            err = object_add(&self.c, FAULT_QUEUE, queue, &queue.id)
+        self.leave()
+        if err:
+            free(queue)
+            raise_errno(-err, "fault_queue_alloc")
+        return queue.id
+
+    def close_fault_queue(self, uint32_t number, bint destroy=False):
+        """Note that a queue's descriptor is closed: it can be destroyed, or is right now."""
+        cdef queue_t *queue
+        self.enter("close_fault_queue")
+        queue = <queue_t *> object_of(&self.c, number, FAULT_QUEUE)
+        if queue:
+            queue.open = False
+            if destroy:
+                object_remove(&self.c, number)
+                free(queue)
+        self.leave()
+
+    def cached(self, uint32_t hwpt):
+        """Translations in the cache of a nested page table, and the bytes that they take; None: there is no such table."""
+        cdef hwpt_t *table
+        self.enter("cached")
+        table = <hwpt_t *> object_of(&self.c, hwpt, NESTED)
+        found = nested_cache(table) if table else None
+        self.leave()
+        return found
 
     def compat_ioas(self):
         """Make the address space of the VFIO dialect unless there is one; return its id."""
@@ -288,10 +336,12 @@ cdef class IommufdDevice(DmaPath):
         The IOMMU can track dirty pages.
     block : int
         Bytes of the blocks of contiguous entries in its page tables, which lose the last page of a block; 0 = no such tables.
+    asks_pages : bool
+        The device has PRI: it can be attached to page tables with a fault queue.
     """
 
     def __cinit__(self, IommufdContext context not None, IommuGroup group not None, *, uint32_t hw_type=0, bytes hw_data=b"",
-                  uint64_t hw_capabilities=0, bint can_track=False, uint64_t block=0):
+                  uint64_t hw_capabilities=0, bint can_track=False, uint64_t block=0, bint asks_pages=False):
         cdef int err
         if not group.group.msi_isolated:
             raise_errno(_errno.EPERM, "bind_iommufd", None, None, "interrupts are not isolated")
@@ -312,6 +362,14 @@ cdef class IommufdDevice(DmaPath):
         self.device.hw_size = len(hw_data)
         memcpy(self.device.hw_data, <const unsigned char *> hw_data, len(hw_data))
         self.device.hw_capabilities = hw_capabilities
+        self.device.asks_pages = asks_pages
+        self.device.nest = NEST_SELFTEST if hw_type == HW_INFO_SELFTEST else NEST_NONE
+        if hw_type == HW_INFO_INTEL_VTD and len(hw_data) == 24:
+            self.device.nest = NEST_VTD
+            memcpy(&self.device.cap, &self.device.hw_data[8], 8)
+            memcpy(&self.device.ecap, &self.device.hw_data[16], 8)
+            if context.c.version >= V7_2 and self.device.ecap >> 40 & 1:
+                self.device.npasids = 1 << 20
         context.enter("bind_iommufd")
         err = device_bind(&context.c, &self.device)
         context.leave()
@@ -358,13 +416,41 @@ cdef class IommufdDevice(DmaPath):
             raise_errno(-err, "attach_iommufd_pt", None, None, _HINTS.get(-err, ""))
         return pt_id
 
-    def attach_pasid(self, uint32_t pt_id):
-        """Attach a PASID, which no modelled device has: ENOENT or EINVAL."""
+    def attach_pasid(self, uint32_t pasid, uint32_t pt_id):
+        """Attach a PASID to a page table, or move it there; return the table's id.
+
+        Raises
+        ------
+        VfioError
+            ENOENT; EINVAL: no page table that was allocated for PASIDs, the device is in one that was not, it has no such
+            PASID, or its IOMMU can't walk the table.
+        """
         cdef int err
         self.context.enter("attach_iommufd_pt")
-        err = refuse_attach(&self.context.c, pt_id)
+        with nogil:
+            err = pasid_attach(&self.context.c, &self.device, pasid, pt_id)
+            self.context.leave()
+        if err:
+            raise_errno(-err, "attach_iommufd_pt", None, None, "a PASID needs a device with PASIDs and a page table that was "
+                        "allocated with IOMMU_HWPT_ALLOC_PASID" if err == -EINVAL else "")
+        return pt_id
+
+    def detach_pasid(self, uint32_t pasid):
+        """Take a PASID out of its page table; no effect when it is in none."""
+        self.context.enter("detach_iommufd_pt")
+        with nogil:
+            pasid_detach(&self.context.c, &self.device, pasid)
+            self.context.leave()
+
+    def fault_queue(self, uint32_t pasid):
+        """Where the device asks for missing pages: (id of the queue or None, serial of the attachment or 0)."""
+        cdef const queue_t *queue
+        cdef uint64_t serial
+        self.context.enter("fault_queue")
+        queue = device_queue(&self.device, pasid, &serial)
+        number = queue.id if queue else None
         self.context.leave()
-        raise_errno(-err, "attach_iommufd_pt", None, None, "the device has no PASIDs")
+        return number, serial
 
     def detach(self):
         """Leave the page table; no effect when it is in none."""
@@ -383,6 +469,14 @@ cdef class IommufdDevice(DmaPath):
 
     cdef int access(self, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
         return device_dma(&self.context.c, &self.device, iova, data, size, write, done)
+
+    cdef bint nests(self) noexcept nogil:
+        return self.device.nests
+
+    cdef int nested(self, uint64_t pasid, uint64_t address, void *data, uint64_t size, unsigned access, uint64_t *gpa,
+                    uint64_t *done, pagewalk_fault *fault) noexcept nogil:
+        return nested_dma(&self.context.c, &self.device, pasid, address, data, size, access, gpa, done, fault,
+                          log_entry, self.log)
 
     cdef int check_process(self, str operation) except -1:
         return self.context.check_process(operation)

@@ -7,9 +7,11 @@ from libc.errno cimport (
     E2BIG, EADDRINUSE, EBUSY, EEXIST, EFAULT, EINVAL, EMSGSIZE, ENODEV, ENOENT, ENOMEM, ENOTTY, EOPNOTSUPP, EOVERFLOW, EPERM,
 )
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from .hwpt cimport hwpt_alloc, hwpt_arguments, hwpt_destroy
+from .hwpt_nested cimport nested_invalidate
 from .ioas cimport (
     FIXED_IOVA, READABLE, WRITEABLE, copy_areas, copy_check, disable_large_pages, enable_large_pages, ioas_free, ioas_new,
     map_file, map_user, next_hole, unmap, unmap_all,
@@ -18,7 +20,8 @@ from .ioas_compat cimport compat_ioctl
 from .ioas_dirty cimport dirty_disable, dirty_enable, dirty_get
 from .ioas_objects cimport object_add, object_remove
 from .ioas_state cimport (
-    DEVICE, FAULT_QUEUE, FREE, HWPT, IOAS, area_after, area_from, area_t, context_t, device_t, hwpt_t, ioas_t, object_of,
+    DEVICE, FAULT_QUEUE, FREE, HWPT, IOAS, NESTED, area_after, area_from, area_t, context_t, device_t, hwpt_t, ioas_t, object_of,
+    queue_t,
 )
 from .ioas_uapi cimport *
 from .state cimport (
@@ -62,12 +65,18 @@ cdef ioas_t *ioas_of(const context_t *c, uint32_t id) noexcept nogil:
     return <ioas_t *> object_of(c, id, IOAS)
 
 
+cdef hwpt_t *any_hwpt(const context_t *c, uint32_t id) noexcept nogil:
+    cdef hwpt_t *hwpt = <hwpt_t *> object_of(c, id, HWPT)
+    return hwpt if hwpt else <hwpt_t *> object_of(c, id, NESTED)
+
+
 # ---- objects
 
 cdef int destroy(context_t *c, void *data, bint *respond) noexcept nogil:
     cdef destroy_args *args = <destroy_args *> data
     cdef ioas_t *ioas = ioas_of(c, args.id)
-    cdef hwpt_t *hwpt = <hwpt_t *> object_of(c, args.id, HWPT)
+    cdef hwpt_t *hwpt = any_hwpt(c, args.id)
+    cdef queue_t *queue = <queue_t *> object_of(c, args.id, FAULT_QUEUE)
     if args.id >= c.room or c.objects[args.id].kind == FREE:
         return -ENOENT
     if ioas:
@@ -83,9 +92,9 @@ cdef int destroy(context_t *c, void *data, bint *respond) noexcept nogil:
             return -EBUSY
         hwpt_destroy(hwpt)
         return 0
-    # A fault queue's data is set while its descriptor is open.
-    if c.objects[args.id].kind == FAULT_QUEUE and not c.objects[args.id].data:
+    if queue and not queue.open and not queue.users:
         object_remove(c, args.id)
+        free(queue)
         return 0
     return -EBUSY
 
@@ -363,6 +372,7 @@ cdef int alloc_hwpt(context_t *c, void *data, bint *respond) noexcept nogil:
     wanted.pt = args.pt_id
     wanted.data_type = args.data_type
     wanted.data_len = args.data_len
+    wanted.data = args.data_uptr
     wanted.fault = args.fault_id
     respond[0] = True
     return hwpt_alloc(c, &wanted, &args.out_hwpt_id)
@@ -394,7 +404,7 @@ cdef int get_hw_info(context_t *c, void *data, bint *respond) noexcept nogil:
         n += min(args.data_len - n, <uint32_t> sizeof(zero))
     args.data_len = device.hw_size
     args.out_data_type = device.hw_type
-    args.out_max_pasid_log2 = 0
+    args.out_max_pasid_log2 = 20 if device.npasids else 0
     args.out_capabilities = device.hw_capabilities
     respond[0] = True
     return 0
@@ -428,15 +438,22 @@ cdef int get_dirty_bitmap(context_t *c, void *data, bint *respond) noexcept nogi
 
 
 cdef int hwpt_invalidate(context_t *c, void *data, bint *respond) noexcept nogil:
-    """Only nested tables and virtual IOMMUs have what to invalidate, and there are none."""
+    """Entries of a nested table; entry_num is written back, also on failure.  There are no virtual IOMMUs."""
     cdef invalidate_args *args = <invalidate_args *> data
     cdef uint32_t n = args.entry_num
+    cdef hwpt_t *hwpt
+    cdef int err
     args.entry_num = 0
     respond[0] = True
     if args.reserved:
         return -EOPNOTSUPP
     if n and (not args.data_uptr or args.entry_len == 0 or args.entry_len > PS or n > MAX_DEPTH):
         return -EINVAL
+    hwpt = <hwpt_t *> object_of(c, args.hwpt_id, NESTED)
+    if hwpt:
+        err = nested_invalidate(hwpt, args.data_type, args.data_uptr, args.entry_len, &n)
+        args.entry_num = n
+        return err
     if c.version >= V7_2 and args.hwpt_id < c.room and c.objects[args.hwpt_id].kind != FREE:
         return -EINVAL
     return -ENOENT
@@ -532,7 +549,7 @@ cdef void undo(context_t *c, uint32_t number, void *args) noexcept nogil:
         ioas_free(ioas_of(c, (<ioas_alloc_args *> args).out_ioas_id))
         object_remove(c, (<ioas_alloc_args *> args).out_ioas_id)
     elif number == CMD_HWPT_ALLOC:
-        hwpt_destroy(<hwpt_t *> object_of(c, (<hwpt_alloc_args *> args).out_hwpt_id, HWPT))
+        hwpt_destroy(any_hwpt(c, (<hwpt_alloc_args *> args).out_hwpt_id))
 
 
 cdef bint writes_on_error(uint32_t number, int err) noexcept nogil:

@@ -18,7 +18,7 @@ from .ioas_state cimport (
 )
 from .mappings cimport charge_process, uncharge_process
 from .state cimport (
-    PIN_NO_WRITEBACK, PIN_WRITE, PS, pin, pin_memory, pin_read, pin_release, pin_write, pthread_rwlock_unlock,
+    PIN_NO_WRITEBACK, PIN_WRITE, PS, pin, pin_memory, pin_read, pin_release, pin_swap, pin_write, pthread_rwlock_unlock,
     pthread_rwlock_wrlock,
 )
 
@@ -299,3 +299,13 @@ cdef int pages_access(pages_t *pages, uint64_t offset, void *data, uint64_t size
         at += part
         size -= part
     return 0
+
+
+cdef int pages_swap(pages_t *pages, uint64_t offset, uint64_t seen, uint64_t wanted) noexcept nogil:
+    """A device puts a word where another is, as pages_access(); -EAGAIN: there is another by now."""
+    cdef piece_t *piece = pages.pieces
+    while piece and piece.last < offset // PS:
+        piece = piece.next
+    if not piece or piece.first > offset // PS:
+        return -EFAULT
+    return pin_swap(piece.pinned.memory, offset - piece.pinned.first * PS, seen, wanted)

@@ -4,6 +4,7 @@
 #   ioas_dirty   which pages devices wrote, by page table
 #   ioas         I/O address spaces: areas, reserved and allowed ranges, map, copy, unmap
 #   hwpt         page tables of the hardware, devices that are attached to them
+#   hwpt_nested  page tables of guests on top of them, and what devices do through both
 #   ioas_access  emulated devices, which reach an address space without a page table
 #   ioas_ioctl   the raw door;  ioas_compat  its VFIO container dialect
 #   ioas_context the class that owns it all
@@ -14,7 +15,7 @@
 from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
 
 from .state cimport (
-    PS, iova_range, pin, pthread_mutex_t, pthread_rwlock_t, rangemap, rangemap_entry, rangemap_find, rangemap_lower,
+    PS, iova_range, pagewalk, pin, pthread_mutex_t, pthread_rwlock_t, rangemap, rangemap_entry, rangemap_find, rangemap_lower,
 )
 
 cdef enum:
@@ -30,6 +31,12 @@ cdef enum:                                  # what stands behind an id
     ACCESS = 4
     FAULT_QUEUE = 5
     OTHER = 6                               # belongs to whoever asked for the id
+    NESTED = 7                              # an hwpt_t with a parent
+
+cdef enum:                                  # whose format the page tables of guests have
+    NEST_NONE = 0
+    NEST_VTD = 1
+    NEST_SELFTEST = 2                       # the mock IOMMU of the kernel's self-test: it walks nothing
 
 cdef struct object_t:
     int kind
@@ -88,16 +95,33 @@ cdef struct ioas_t:
     access_t *accesses
     uint64_t unmaps                         # that wait for an emulated device, without the lock
 
+cdef struct queue_t:                        # of page faults
+    uint32_t id
+    uint64_t users                          # page tables
+    bint open                               # its descriptor is
+
 cdef struct hwpt_t:
     uint32_t id
     ioas_t *ioas
     iova_range aperture
     uint64_t pgsizes
-    bint coherent, automatic, nest_parent, tracks, tracking
+    bint coherent, automatic, nest_parent, tracks, tracking, pasids
+    int nest                                # NEST_* of the IOMMU
     bint generic_table                      # the page-table code that AMD v1 uses after 6.12
     uint64_t block                          # generic_table: bytes of a block of contiguous entries
-    uint64_t users                          # attached devices
-    hwpt_t *next
+    uint64_t users                          # attached devices, and nested tables
+    queue_t *queue                          # where its devices ask for missing pages, or NULL
+    hwpt_t *parent                          # the second stage, if this is a guest's table; the fields above are its
+    pagewalk *walk                          # the guest's table from the first attachment on, and what is cached of it
+    uint64_t root                           # the rest as HWPT_ALLOC gave it
+    uint32_t address_width, walk_flags
+    hwpt_t *next                            # of the same address space
+
+cdef struct attachment_t:                   # of a PASID of a device
+    uint32_t pasid
+    hwpt_t *hwpt
+    uint64_t serial
+    attachment_t *next
 
 cdef struct device_t:
     uint32_t id
@@ -107,8 +131,15 @@ cdef struct device_t:
     iova_range aperture
     uint64_t pgsizes
     bint coherent, nestable, can_track, generic_table
+    bint asks_pages                         # it has PRI
+    uint32_t npasids                        # PASIDs below it can be attached; 0 = none
+    int nest                                # NEST_*
+    uint64_t cap, ecap                      # registers of VT-d
     uint64_t block
     hwpt_t *hwpt
+    bint nests                              # a guest's table, or a queue to ask for pages, stands before its requests
+    uint64_t serial                         # no two attachments have the same
+    attachment_t *pasids
     uint32_t hw_type, hw_size
     unsigned char hw_data[64]
     uint64_t hw_capabilities
@@ -133,6 +164,7 @@ cdef struct context_t:
     uint32_t lowest                         # no id below it is free
     ioas_t *vfio_ioas
     device_t *devices
+    uint64_t attachments                    # the last serial
     bint per_process
     bint no_limit                           # nothing is ever refused or charged
     int64_t memlock_limit

@@ -45,6 +45,13 @@ cdef extern from "uapi/iommufd.h" nogil:
         uint64_t data_uptr
         uint32_t fault_id
         uint32_t reserved2 "__reserved2"
+    ctypedef struct vtd_s1_data "struct uapi_iommu_hwpt_vtd_s1":
+        uint64_t flags, pgtbl_addr
+        uint32_t addr_width
+    ctypedef struct vtd_s1_invalidation "struct uapi_iommu_hwpt_vtd_s1_invalidate":
+        uint64_t addr, npages
+        uint32_t flags
+        uint32_t reserved "__reserved"
     ctypedef struct hw_info_args "struct uapi_iommu_hw_info":
         uint32_t size, flags, dev_id, data_len
         uint64_t data_uptr

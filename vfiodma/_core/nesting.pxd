@@ -6,7 +6,8 @@ from .uapi cimport nesting_info
 cdef extern from "pagewalk.h" nogil:
     enum:
         PAGEWALK_READ, PAGEWALK_WRITE, PAGEWALK_PRIV
-        PAGEWALK_UNKNOWN, PAGEWALK_PASID_FETCH, PAGEWALK_PTE_FETCH, PAGEWALK_PERMISSION, PAGEWALK_OOR_ADDRESS
+        PAGEWALK_UNKNOWN, PAGEWALK_PASID_FETCH, PAGEWALK_BAD_PASID_ENTRY, PAGEWALK_PASID_INVALID, PAGEWALK_PTE_FETCH
+        PAGEWALK_PERMISSION, PAGEWALK_OOR_ADDRESS
     ctypedef struct pagewalk_result:
         uint64_t gpa, room
     ctypedef struct pagewalk_fault:

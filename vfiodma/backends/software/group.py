@@ -25,7 +25,10 @@ class SoftwareGroup:
     msi_isolated : bool
         Without it, attaching is EPERM.
     nestable : bool
-        The IOMMU can nest (SET_IOMMU 6, up to Linux 6.12; HWPT_ALLOC with NEST_PARENT).
+        The IOMMU can nest (SET_IOMMU 6, up to Linux 6.12; HWPT_ALLOC with NEST_PARENT), and its devices have PASIDs.
+    page_request_timeout : float or None
+        The devices ask for missing pages where they are attached to a page table of iommufd with a fault queue, and
+        wait so many seconds for the answer.  None: they do not ask (they lack PRI).
     dirty_tracking : bool
         The IOMMU can tell which pages were written (HWPT_ALLOC with DIRTY_TRACKING).
     lost_last_page : int
@@ -43,7 +46,7 @@ class SoftwareGroup:
     def __init__(self, number, devices, *, aperture=(0, (1 << 39) - 1), reserved=((0xFEE00000, 0xFEEFFFFF),),
                  pgsizes=0x40201000, emulated=False, coherent=True, msi_isolated=True, nestable=False,
                  dirty_tracking=True, lost_last_page=0, tce=None, eeh=True,
-                 noiommu=False):
+                 noiommu=False, page_request_timeout=None):
         if not isinstance(number, int) or not 0 <= number < 1 << 31:
             raise ValueError("a group's number is an integer of 0 ... 2**31 - 1")
         if not emulated:
@@ -67,6 +70,7 @@ class SoftwareGroup:
         self.coherent = coherent
         self.msi_isolated = msi_isolated
         self.nestable = nestable
+        self.page_request_timeout = page_request_timeout
         if lost_last_page & (lost_last_page - 1) or not 0 <= lost_last_page < 1 << 63:
             raise ValueError("lost_last_page is 0 or a power of two")
         self.dirty_tracking = dirty_tracking

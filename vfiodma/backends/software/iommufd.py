@@ -13,10 +13,17 @@ from ...uapi import iommufd as abi
 from ...uapi import vfio
 from .device import close_device, open_device
 from .files import DeviceFile
+from .page_requests import FaultQueueFile, PageRequester
 
 # Capability registers of an emulated VT-d unit, and the bits of what it may lack.
 _VTD_CAP, _VTD_ECAP = 0x00D2008C22260286, 0xF00F4A
-_VTD_ECAP_NESTING, _VTD_ECAP_DIRTY = 1 << 26, 1 << 45
+_VTD_ECAP_DIRTY = 1 << 45
+_VTD_CAP_NESTING = 1 << 56 | 1 << 60                # 1 GiB pages and 5 levels in the first stage
+#: Nesting, page requests, supervisor requests, extended accessed flag, PASIDs, scalable mode, both stages.
+_VTD_ECAP_NESTING = 1 << 26 | 1 << 29 | 1 << 31 | 1 << 34 | 19 << 35 | 1 << 40 | 1 << 43 | 1 << 46 | 1 << 47
+
+
+_PASID_CAPABILITIES = abi.IOMMU_HW_CAP_PCI_PASID_EXEC | abi.IOMMU_HW_CAP_PCI_PASID_PRIV
 
 
 def bind(context, group, device):
@@ -31,17 +38,20 @@ def bind(context, group, device):
         return IommufdAccess(context, getattr(device, "dma_unmap", None))
     config = group.config
     capabilities = abi.IOMMU_HW_CAP_DIRTY_TRACKING if config.dirty_tracking else 0
+    asks_pages = config.page_request_timeout is not None
     if VERSIONS[context.kernel] >= VERSIONS["7.2"]:
-        capabilities |= abi.IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED
+        capabilities |= 0 if asks_pages else abi.IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED
+        capabilities |= _PASID_CAPABILITIES if config.nestable and not config.lost_last_page else 0
     if config.lost_last_page:
         kind, data = abi.IOMMU_HW_INFO_TYPE_AMD, bytes(abi.iommu_hw_info_amd.size)
     else:
         ecap = (_VTD_ECAP | (_VTD_ECAP_DIRTY if config.dirty_tracking else 0)
                 | (_VTD_ECAP_NESTING if config.nestable else 0))
         kind = abi.IOMMU_HW_INFO_TYPE_INTEL_VTD
-        data = abi.iommu_hw_info_vtd.pack(flags=1, cap_reg=_VTD_CAP, ecap_reg=ecap)
+        cap = _VTD_CAP | (_VTD_CAP_NESTING if config.nestable else 0)
+        data = abi.iommu_hw_info_vtd.pack(flags=1, cap_reg=cap, ecap_reg=ecap)
     return IommufdDevice(context, group.iommu, hw_type=kind, hw_data=data, hw_capabilities=capabilities,
-                         can_track=config.dirty_tracking,
+                         can_track=config.dirty_tracking, asks_pages=asks_pages,
                          block=config.lost_last_page if VERSIONS[context.kernel] >= VERSIONS["7.2"] else 0)
 
 
@@ -55,6 +65,7 @@ class IommufdFile:
         self.context = IommufdContext(system.kernel, system._memlock_limit, per_process)
         self.fd_open = True
         self.holders = 0
+        self.queues = {}                # id -> FaultQueueFile, also one whose descriptor is closed
 
     def hold(self):
         self.holders += 1
@@ -76,21 +87,31 @@ class IommufdFile:
 
     def fault_queue_alloc(self, arg):
         with self.system._lock:
-            number = self.context.add_object(True)
-            queue = FaultQueueFile(self, number)
+            number = self.context.add_fault_queue()
+            queue = None
             try:
+                queue = FaultQueueFile(self, number)
                 fd = self.system._new_fd(queue)
             except OSError:
-                self.context.remove_object(number)
+                if queue is not None:
+                    os.close(queue.event)
+                self.context.close_fault_queue(number, destroy=True)
                 raise
             try:
                 write_memory(arg, struct.pack("=4I", int.from_bytes(read_memory(arg, 4), "little"), 0, number, fd))
             except OSError:
                 self.system._forget_fd(fd)
-                self.context.remove_object(number)
+                os.close(queue.event)
+                self.context.close_fault_queue(number, destroy=True)
                 raise
+            self.queues[number] = queue
             self.hold()
         return 0
+
+    def drop_requests(self):
+        """Devices were attached or detached: requests of attachments that are gone are invalid."""
+        for queue in list(self.queues.values()):
+            queue.drop_gone()
 
     # ---- as the container of groups
 
@@ -118,36 +139,7 @@ class IommufdFile:
 
     def disconnect(self, group, device, path):
         path.unbind()
-
-
-class FaultQueueFile:
-    """A queue of page faults; no device here raises one, so it stays empty."""
-
-    _FAULT, _RESPONSE = abi.iommu_hwpt_pgfault.size, abi.iommu_hwpt_page_response.size
-
-    def __init__(self, iommufd, number):
-        self.iommufd = iommufd
-        self.number = number
-
-    def ioctl(self, request, arg):
-        raise error(errno.ENOTTY, "fault_queue_ioctl", hint=f"request {request:#x}")
-
-    def pread(self, size, offset):
-        if size % self._FAULT:
-            raise error(errno.ESPIPE, "fault_queue_read", size=size, hint=f"a fault has {self._FAULT} bytes")
-        return b""
-
-    def pwrite(self, data, offset):
-        if len(data) % self._RESPONSE:
-            raise error(errno.ESPIPE, "fault_queue_write", size=len(data),
-                        hint=f"a response has {self._RESPONSE} bytes")
-        if data:
-            raise error(errno.EINVAL, "fault_queue_write", hint="no fault with this cookie waits for a response")
-        return 0
-
-    def closed(self):
-        self.iommufd.context.remove_object(self.number, keep=True)
-        self.iommufd.release()
+        self.drop_requests()
 
 
 class CdevFile(DeviceFile):
@@ -231,6 +223,8 @@ class CdevFile(DeviceFile):
             raise error(errno.EPERM, "bind_iommufd", hint="a device of the group is bound to another iommufd")
         path = bind(iommufd.context, group, self.device)
         port = DmaPort(path, self.device.address)
+        if isinstance(path, IommufdDevice) and group.config.page_request_timeout is not None:
+            port.fault_sink = PageRequester(iommufd, path, group.config.page_request_timeout)
         try:
             open_device(group, self.device, port)
             write_memory(arg + 12, struct.pack("=I", path.id))
@@ -261,18 +255,26 @@ class CdevFile(DeviceFile):
         data, pasid = self._read(arg, 12, "attach_iommufd_pt")
         if pasid is not None and pasid >= 1 << 31:
             raise error(errno.ENOSPC, "attach_iommufd_pt", hint="the kernel counts PASIDs up to 2**31 - 1")
-        attach = self.path.attach if pasid is None else self.path.attach_pasid
-        number = attach(struct.unpack_from("=I", data, 8)[0])
+        table = struct.unpack_from("=I", data, 8)[0]
+        number = self.path.attach(table) if pasid is None else self.path.attach_pasid(pasid, table)
         try:
             write_memory(arg + 8, struct.pack("=I", number))
         except OSError:
-            self.path.detach()
+            self._leave(pasid)
             raise
+        finally:
+            self.iommufd.drop_requests()
         return 0
 
-    def detach(self, arg):
-        if self._read(arg, 8, "detach_iommufd_pt")[1] is None:      # a PASID that is not attached is left in peace
+    def _leave(self, pasid):
+        if pasid is None:
             self.path.detach()
+        else:
+            self.path.detach_pasid(pasid)
+
+    def detach(self, arg):
+        self._leave(self._read(arg, 8, "detach_iommufd_pt")[1])     # a PASID that is not attached is left in peace
+        self.iommufd.drop_requests()
         return 0
 
     def closed(self):
@@ -286,4 +288,5 @@ class CdevFile(DeviceFile):
         finally:
             self.port.disconnect()
             self.path.unbind()
+            iommufd.drop_requests()
             iommufd.release()

@@ -118,7 +118,7 @@ class SoftwareVfio:
 
     def _new_fd(self, file):
         # A descriptor that does nothing: read and write are EINVAL, mmap ENODEV, lseek ESPIPE, as on a container.
-        fd = os.dup(file.event) if isinstance(file, FaultQueueFile) else os.pidfd_open(os.getpid())
+        fd = os.dup(file.event) if hasattr(file, "event") else os.pidfd_open(os.getpid())
         self._files[fd] = file
         return fd
 

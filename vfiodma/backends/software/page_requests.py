@@ -1,0 +1,171 @@
+"""Fault queues of iommufd: the pages that devices ask for, in groups, and the answers that they wait for."""
+import errno
+import os
+import threading
+import time
+
+from ..._core.errno import error
+from ...uapi import iommufd as abi
+
+
+class _Group:
+    """The requests of one device that are answered together."""
+
+    def __init__(self, path, pasid, number, requests, serial):
+        self.path = path
+        self.pasid = pasid
+        self.number = number
+        self.requests = requests        # (address, perm), the last one ends the group
+        self.serial = serial            # of the device's attachment
+        self.code = None
+
+    def gone(self):
+        """Whether the device has left the page table that it asked through."""
+        try:
+            return self.path.fault_queue(self.pasid)[1] != self.serial
+        except OSError:
+            return True
+
+    def records(self, cookie):
+        valid = abi.IOMMU_PGFAULT_FLAGS_PASID_VALID if self.pasid else 0
+        for i, (address, perm) in enumerate(self.requests):
+            last = abi.IOMMU_PGFAULT_FLAGS_LAST_PAGE if i == len(self.requests) - 1 else 0
+            yield abi.iommu_hwpt_pgfault.pack(flags=valid | last, dev_id=self.path.id, pasid=self.pasid,
+                                              grpid=self.number, perm=perm, addr=address, cookie=cookie)
+
+
+class FaultQueueFile:
+    """What stands behind the descriptor of FAULT_QUEUE_ALLOC; it polls readable while groups wait to be read.
+
+    Source: the event queues of iommufd, Linux 6.12 and 7.2.
+    """
+
+    _FAULT, _RESPONSE = abi.iommu_hwpt_pgfault.size, abi.iommu_hwpt_page_response.size
+
+    def __init__(self, iommufd, number):
+        self.event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.iommufd = iommufd
+        self.number = number
+        self._open = True
+        self._waiting = []              # groups that nobody has read
+        self._read = {}                 # cookie -> group
+        self._changed = threading.Condition()
+
+    # ---- the devices' side
+
+    def ask(self, group, timeout):
+        """Put a group into the queue; return its answer, None when the device has waited long enough for it.
+
+        The group stays: the kernel does not know that nobody waits any more.
+        """
+        end = time.monotonic() + timeout
+        with self._changed:
+            self._keep([*self._waiting, group])
+            self._drop_gone()                   # it may have left since it looked
+            while group.code is None and (left := end - time.monotonic()) > 0:
+                self._changed.wait(left)
+            return group.code
+
+    def drop_gone(self):
+        """Answer INVALID to groups whose device has left its page table."""
+        with self._changed:
+            self._drop_gone()
+
+    def _drop_gone(self):
+        dropped = [group for group in (*self._waiting, *self._read.values()) if group.gone()]
+        for group in dropped:
+            group.code = abi.IOMMUFD_PAGE_RESP_INVALID
+        if dropped:
+            self._keep([group for group in self._waiting if group.code is None])
+            self._read = {cookie: group for cookie, group in self._read.items() if group.code is None}
+            self._changed.notify_all()
+
+    def _keep(self, groups):
+        if self._open and bool(groups) != bool(self._waiting):
+            if groups:
+                os.eventfd_write(self.event, 1)
+            else:
+                os.eventfd_read(self.event)
+        self._waiting = groups
+
+    # ---- the user's side
+
+    def ioctl(self, request, arg):
+        raise error(errno.ENOTTY, "fault_queue_ioctl", hint=f"request {request:#x}")
+
+    def pread(self, size, offset):
+        raise error(errno.ESPIPE, "fault_queue_read", hint="a fault queue has no positions: read() without an offset")
+
+    def pwrite(self, data, offset):
+        raise error(errno.ESPIPE, "fault_queue_write", hint="a fault queue has no positions: write() without an offset")
+
+    def read(self, size):
+        """Take whole groups; b"" when none waits."""
+        if size % self._FAULT:
+            raise error(errno.ESPIPE, "fault_queue_read", size=size, hint=f"a fault has {self._FAULT} bytes")
+        taken: list[bytes] = []
+        with self._changed:
+            while self._waiting and len(self._waiting[0].requests) <= size // self._FAULT - len(taken):
+                group = self._waiting[0]
+                cookie = next(cookie for cookie in range(1, len(self._read) + 2) if cookie not in self._read)
+                self._read[cookie] = group
+                taken += group.records(cookie)
+                self._keep(self._waiting[1:])
+            if not taken and self._waiting and self.iommufd.context.kernel != "6.12" and size:
+                raise error(errno.EINVAL, "fault_queue_read", size=size,
+                            hint=f"the first group has {len(self._waiting[0].requests)} faults")
+        return b"".join(taken)
+
+    def write(self, data):
+        """Answer groups; stops at the first bad answer, whose errno is raised if it is the first of all."""
+        if len(data) % self._RESPONSE:
+            raise error(errno.ESPIPE, "fault_queue_write", size=len(data),
+                        hint=f"a response has {self._RESPONSE} bytes")
+        with self._changed:
+            for at in range(0, len(data), self._RESPONSE):
+                response = abi.iommu_hwpt_page_response.unpack(data[at:at + self._RESPONSE])
+                known = response["code"] in (abi.IOMMUFD_PAGE_RESP_SUCCESS, abi.IOMMUFD_PAGE_RESP_INVALID)
+                group = self._read.pop(response["cookie"], None) if known else None
+                if group is None:
+                    if at:
+                        return at
+                    raise error(errno.EINVAL, "fault_queue_write", hint="no group with this cookie waits for a response"
+                                if known else "the code of a response is SUCCESS (0) or INVALID (1)")
+                group.code = response["code"]
+                self._changed.notify_all()
+        return len(data)
+
+    def closed(self):
+        """The last descriptor is closed: nobody can answer, but devices ask and wait while they are attached."""
+        with self._changed:
+            self._open = False
+            os.close(self.event)
+        self.iommufd.context.close_fault_queue(self.number)
+        self.iommufd.release()
+
+
+class PageRequester:
+    """Asks for the pages that accesses of one device find missing."""
+
+    def __init__(self, iommufd, path, timeout):
+        self._iommufd = iommufd
+        self._path = path
+        self._timeout = timeout
+        self._groups = 0
+
+    def request_page(self, pasid, address, perm):
+        """An access found a page missing: ask for it.  Whether to try again."""
+        return self.request_pages(pasid, [address & ~4095], perm)
+
+    def request_pages(self, pasid, addresses, perm):
+        """Ask for pages, in one group; return whether the answer was SUCCESS."""
+        number, serial = self._path.fault_queue(pasid)
+        queue = self._iommufd.queues.get(number)
+        if queue is None:
+            return False
+        self._groups += 1
+        group = _Group(self._path, pasid, self._groups % 512, [(address, perm) for address in addresses], serial)
+        return queue.ask(group, self._timeout) == abi.IOMMUFD_PAGE_RESP_SUCCESS
+
+    def unrecoverable(self, reason, pasid, perm, addr, fetch_addr):
+        """The kernel prints such a fault; nobody else is told."""
