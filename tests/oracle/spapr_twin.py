@@ -2,7 +2,7 @@
 import struct
 
 from vfiodma import SoftwareGroup, SoftwareVfio
-from vfiodma.backends.software import spapr as driver
+from vfiodma.backends.software import registered
 from vfiodma.backends.software.spapr import TceGroup as RealTce
 
 from . import spapr
@@ -19,7 +19,7 @@ class SpaprTwin(Twin):
 
     def __init__(self, memory, kernel, groups, big):
         self.big, self.touched = big, {}
-        self.old_page_size, driver._page_size = driver._page_size, self.backing
+        self.old_page_size, registered.page_size = registered.page_size, self.backing
         super().__init__(memory, kernel, groups)
 
     def hosts(self, kernel, groups):
@@ -37,7 +37,7 @@ class SpaprTwin(Twin):
         return BIG if size and first <= vaddr and vaddr + size <= end else PAGE
 
     def restore(self):
-        driver._page_size = self.old_page_size
+        registered.page_size = self.old_page_size
         super().restore()
 
     def limit(self, pages):
@@ -47,7 +47,7 @@ class SpaprTwin(Twin):
 
     def check(self):
         self.agree("locked pages", self.real.locked_pages() - self.before, self.process.charged)
-        self.agree("registered", {key: users for key, (_, users) in self.real._registered.items()},
+        self.agree("registered", {key: users for key, (_, users) in self.real._registered.shared.items()},
                    {(region.vaddr, region.size): region.users for region in self.oracle.registry})
         for name, (real_fd, _) in self.fds.items():
             if name[0] == "c" and (instance := self.instance(name)):

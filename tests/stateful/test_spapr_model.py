@@ -42,8 +42,8 @@ VADDRS = st.one_of(
     st.integers(0, 4).map(lambda page: BIG_FIRST + page * BIG),
     st.integers(0, 3).map(lambda page: MEMORY.readonly + page * PAGE),
     st.sampled_from([0, MEMORY.data + (DATA_PAGES - 1) * PAGE, USER_END - PAGE, TOP - PAGE, TOP - 2 * PAGE]))
-SIZES = st.sampled_from([1 << 12, 1 << 16, *[1 << 20] * 4, *[1 << 26] * 4, 1 << 30, 1 << 36, 1 << 55, 1 << 63, 0,
-                         3 << 20])
+SIZES = st.sampled_from([1 << 12, 1 << 16, *[1 << 20] * 4, *[1 << 26] * 4, 1 << 30, 1 << 36, 1 << 48, 1 << 55, 1 << 63,
+                         0, 3 << 20])
 WINDOW_PLACE = st.sampled_from([0, 0, 0, 0, SECOND, SECOND, 1 << 31, SECOND - PAGE, TOP - PAGE])
 
 
@@ -164,10 +164,9 @@ class SpaprModel(RuleBasedStateMachine):
                              tail=max(0, size + by) if what == "room" else None)
 
     @rule(container=CONTAINERS, shift=st.one_of(st.sampled_from([12, 12, 13, 16, 16, 24]), st.integers(0, 70)),
-          size=SIZES, levels=st.sampled_from([*[1] * 5, 2, 5, 0, 6]), spoil=SPOILS)
+          size=SIZES, levels=st.sampled_from([*[1] * 5, 2, 3, 4, 5, 0, 6]), spoil=SPOILS)
     def create(self, container, shift, size, levels, spoil):
-        # Of a larger table the model takes the memory, or does not get it.
-        if self.has(container) and (size >> min(shift, 63) <= 1 << 26 or size >= 1 << 55):
+        if self.has(container):
             self.tce(container, "CREATE", "=IIIIQIIQ", 40, spoil, 0, shift, 5, size, levels, 6, 7)
 
     @rule(container=CONTAINERS, start=WINDOW_PLACE, more=st.sampled_from([0, 0, 1, PAGE]), spoil=SPOILS)

@@ -3,6 +3,7 @@ import ctypes
 import errno
 import mmap
 import struct
+import weakref
 
 import pytest
 from ipc_lock import without_ipc_lock
@@ -271,6 +272,30 @@ def test_a_table_is_charged_as_locked_memory(raw):
     assert r.remove(0) == 0 and r.create(16, 1 << 32, 2) == 0
     assert r.vfio.locked_pages() - before == table_bytes(1 << 32, 16, 2) // PAGE
     assert r.remove(0) == 0 and r.vfio.locked_pages() == before
+
+
+def test_a_window_of_any_size_takes_memory_for_what_is_mapped(raw, memory):
+    r = raw()
+    assert r.remove(0) == 0 and r.create(12, 1 << 52, 5) == "EINVAL"        # five levels have too many bits
+    assert r.create(12, 1 << 52, 4) == 0 and r.register(memory, 16 * PAGE) == 0
+    for iova in (0, (1 << 51) - 8 * PAGE, (1 << 52) - 16 * PAGE):
+        assert r.map(iova, memory, 16 * PAGE) == 0
+    assert r.unmap(0, 1 << 52) == 0 and r.unregister(memory, 16 * PAGE) == 0
+    assert r.remove((1 << 52) - 1) == 0
+
+
+def test_memory_goes_when_it_is_neither_registered_nor_mapped(raw, memory):
+    r = raw(groups=2)
+    fd = r.vfio.open("/dev/vfio/vfio")
+    assert r.call(BASE + 4, struct.pack("i", fd), fd=r.groups[1]) == 0 and r.call(BASE + 2, 7, fd=fd) == 0
+    assert r.register(memory, 4 * PAGE) == 0 and r.map(0, memory, 4 * PAGE) == 0
+    assert r.call(REGISTER, struct.pack("=IIQQ", 24, 0, memory + 8 * PAGE, PAGE), fd=fd) == 0
+    region = weakref.ref(r.vfio._registered.shared[memory, 4 * PAGE][0])
+    assert r.call(MAP, struct.pack("=IIQQQ", 32, 3, memory, 0, PAGE), fd=fd) == 0       # the process's
+    assert r.map(0, memory + 8 * PAGE, PAGE) == 0                           # replaces one entry
+    assert r.unmap(PAGE, 3 * PAGE) == 0 and r.unregister(memory, 4 * PAGE) == "EBUSY"
+    assert r.call(UNMAP, struct.pack("=IIQQ", 24, 0, 0, PAGE), fd=fd) == 0
+    assert r.unregister(memory, 4 * PAGE) == 0 and region() is None
 
 
 def test_maps_check_in_the_order_of_the_driver(raw, memory):

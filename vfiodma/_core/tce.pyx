@@ -8,7 +8,6 @@ Source: the SPAPR TCE driver of VFIO and the IODA2 code of PowerNV.
 cimport cython
 from libc.errno cimport EFAULT, EINVAL, ENOMEM, EPERM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
 
 from .dma cimport DmaPath
 from .errno cimport raise_errno
@@ -24,6 +23,23 @@ cdef extern from "memlock.h" nogil:
 cdef extern from "usercopy.h" nogil:
     int user_read(void *dst, uint64_t src, size_t n)
     int user_write(uint64_t dst, const void *src, size_t n)
+
+cdef extern from "tcetable.h" nogil:
+    struct tce_region:
+        uint64_t vaddr, size, mapped
+        pin *memory
+    struct tce:
+        uint64_t vaddr
+        uint32_t prot
+        tce_region *region
+    ctypedef struct tce_table:
+        pass
+    tce_table *tce_table_new(uint64_t npages)
+    void tce_table_free(tce_table *)
+    const tce *tce_table_find(const tce_table *, uint64_t index)
+    int tce_table_fill(tce_table *, uint64_t first, uint64_t npages, uint64_t vaddr, uint64_t page, uint32_t prot,
+                       tce_region *region, uint64_t *done)
+    uint64_t tce_table_clear(tce_table *, uint64_t first, uint64_t npages)
 
 cdef enum:
     READ = 1
@@ -42,11 +58,6 @@ def uncharge(uint64_t npages):
     uncharge_process(npages)
 
 
-cdef struct region_t:
-    uint64_t vaddr, size, mapped
-    pin *memory
-
-
 cdef class Region:
     """Registered memory: pinned for writing from here on.
 
@@ -57,9 +68,13 @@ cdef class Region:
         log2 of the largest IOMMU page that it allows.
     mapped : int
         TCEs that lead into it.
+    released : bool
+        Nobody has it registered any more; it goes with the last TCE.
     """
-    cdef region_t c                     # stays where it is: TCEs lead to it while they are mapped
+    cdef tce_region c                   # stays where it is: TCEs lead to it while they are mapped
     cdef readonly unsigned shift
+    cdef public bint released
+    cdef object __weakref__
 
     def __cinit__(self, uint64_t vaddr, uint64_t size, unsigned shift):
         cdef uint64_t counted = 0
@@ -87,15 +102,10 @@ cdef class Region:
         return self.c.mapped
 
 
-cdef struct tce_t:
-    uint64_t vaddr                      # 0 with prot 0: empty
-    uint32_t prot
-    region_t *region                    # NULL in version 1
-
 cdef struct window_t:
     uint64_t start, npages
     unsigned shift
-    tce_t *entries
+    tce_table *table
 
 
 @cython.no_gc           # regions lead to nothing; __dealloc__ needs them
@@ -104,6 +114,7 @@ cdef class TceTables:
     cdef window_t windows[SLOTS]
     cdef pthread_rwlock_t lock
     cdef set regions                    # TCEs lead to these, also when the container that registered them is closed
+    cdef public bint stale              # one of them may have been released
 
     def __cinit__(self):
         self.regions = set()
@@ -116,20 +127,18 @@ cdef class TceTables:
         pthread_rwlock_destroy(&self.lock)
 
     cdef void drop(self, window_t *window) noexcept nogil:
-        if window.entries:
-            clear(window, 0, window.npages)
-            free(window.entries)
-            window.entries = NULL
+        tce_table_free(window.table)
+        window.table = NULL
 
     def create(self, unsigned slot, uint64_t start, uint64_t npages, unsigned shift):
         """Put an empty window into a free slot."""
-        cdef tce_t *entries = <tce_t *> calloc(npages, sizeof(tce_t))     # untouched pages of it take no memory
-        if not entries:
+        cdef tce_table *table = tce_table_new(npages)
+        if not table:
             raise_errno(ENOMEM, "create_window", start, npages << shift)
         with nogil:
             pthread_rwlock_wrlock(&self.lock)
         self.windows[slot].start, self.windows[slot].npages, self.windows[slot].shift = start, npages, shift
-        self.windows[slot].entries = entries
+        self.windows[slot].table = table
         pthread_rwlock_unlock(&self.lock)
 
     def remove(self, unsigned slot):
@@ -140,21 +149,26 @@ cdef class TceTables:
             pthread_rwlock_unlock(&self.lock)
         self.forget()
 
-    cdef int forget(self) except -1:
-        """Let go of regions to which no TCE leads."""
+    def forget(self):
+        """Let go of regions that nobody has registered any more and to which no TCE leads."""
         cdef Region region
+        if not self.stale:
+            return
+        self.stale = False
         for region in list(self.regions):
-            if not region.c.mapped:
-                self.regions.discard(region)
-        return 0
+            if region.released:
+                if region.c.mapped:
+                    self.stale = True
+                else:
+                    self.regions.discard(region)
 
     def clear(self):
         """Clear every entry of every window."""
         with nogil:
             pthread_rwlock_wrlock(&self.lock)
             for slot in range(SLOTS):
-                if self.windows[slot].entries:
-                    clear(&self.windows[slot], 0, self.windows[slot].npages)
+                if self.windows[slot].table:
+                    tce_table_clear(self.windows[slot].table, 0, self.windows[slot].npages)
             pthread_rwlock_unlock(&self.lock)
         self.forget()
 
@@ -171,7 +185,7 @@ cdef class TceTables:
         Raises
         ------
         VfioError
-            EINVAL, EFAULT, EPERM; then the entries before the failed one are empty.
+            EINVAL, EFAULT, ENOMEM; then the entries before the failed one are empty.
         """
         cdef window_t *window = &self.windows[slot]
         cdef uint64_t page = <uint64_t> 1 << window.shift, i = 0, at = vaddr
@@ -184,10 +198,10 @@ cdef class TceTables:
                 if err:             # which page is it?
                     while i < npages and pinnable(at + i * page, page, prot & WRITE) == 0:
                         i += 1
-            if not err and window.shift > 12:
-                err, i = -EPERM, 0
+            if not err:
+                err = self.fill(window, first, npages, vaddr, prot, NULL, &i)
         else:
-            while i < npages:
+            while i < npages and not err:
                 if region is None or at < region.c.vaddr or at + page > region.c.vaddr + region.c.size:
                     region = find(regions, at, page)
                     if region is None or window.shift > region.shift:
@@ -196,80 +210,89 @@ cdef class TceTables:
                 self.regions.add(region)
                 # All pages up to the end of this region.
                 count = min(npages - i, (region.c.vaddr + region.c.size - at) // page)
-                with nogil:
-                    pthread_rwlock_wrlock(&self.lock)
-                    fill(window, first + i, count, at, prot, &region.c)
-                    pthread_rwlock_unlock(&self.lock)
+                err = self.fill(window, first + i, count, at, prot, &region.c, &count)
                 i += count
                 at += count * page
-        with nogil:
-            pthread_rwlock_wrlock(&self.lock)
-            if err:
-                clear(window, first, i)
-            elif regions is None:
-                fill(window, first, npages, vaddr, prot, NULL)
-            pthread_rwlock_unlock(&self.lock)
+        if err:
+            with nogil:
+                pthread_rwlock_wrlock(&self.lock)
+                tce_table_clear(window.table, first, i)
+                pthread_rwlock_unlock(&self.lock)
+        self.forget()
         if err:
             raise_errno(-err, "map_dma", window.start + ((first + i) << window.shift), npages * page,
                         "memory must be registered as a whole, in regions that allow the window's page size"
                         if regions is not None else "memory that is there, writable where it is mapped for writing")
+
+    cdef int fill(self, window_t *window, uint64_t first, uint64_t npages, uint64_t vaddr, uint32_t prot,
+                  tce_region *region, uint64_t *done):
+        cdef int err
+        with nogil:
+            pthread_rwlock_wrlock(&self.lock)
+            err = tce_table_fill(window.table, first, npages, vaddr, <uint64_t> 1 << window.shift, prot, region, done)
+            pthread_rwlock_unlock(&self.lock)
+        return err
 
     def unmap(self, unsigned slot, uint64_t first, uint64_t npages):
         """Clear TCEs; empty ones are passed over.  Return how many were set."""
         cdef uint64_t found
         with nogil:
             pthread_rwlock_wrlock(&self.lock)
-            found = clear(&self.windows[slot], first, npages)
+            found = tce_table_clear(self.windows[slot].table, first, npages)
             pthread_rwlock_unlock(&self.lock)
         self.forget()
         return found
 
     def entry(self, unsigned slot, uint64_t index):
         """Return (vaddr, prot) of a TCE; prot 0: it is empty."""
-        if not self.windows[slot].entries or index >= self.windows[slot].npages:
+        cdef const tce *found
+        if not self.windows[slot].table or index >= self.windows[slot].npages:
             raise_errno(EINVAL, "read_tce", None, None, f"slot {slot} has no entry {index}")
-        return self.windows[slot].entries[index].vaddr, self.windows[slot].entries[index].prot
+        found = tce_table_find(self.windows[slot].table, index)
+        if not found:
+            return 0, 0
+        return found.vaddr, found.prot
 
     cdef int access(self, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
         cdef uint64_t n, offset, page
-        cdef tce_t *tce
+        cdef const tce *found
         cdef int err = 0
         done[0] = 0
         pthread_rwlock_rdlock(&self.lock)
         while done[0] < size and not err:
-            tce = self.find_entry(iova + done[0], &page)
-            if not tce or not tce.prot:
+            found = self.find_entry(iova + done[0], &page)
+            if not found:
                 err = -EINVAL
                 break
             # The hardware has no write-only pages.
-            if write and not tce.prot & WRITE:
+            if write and not found.prot & WRITE:
                 err = -EPERM
                 break
             offset = (iova + done[0]) & (page - 1)
             n = min(size - done[0], page - offset)
-            if tce.region:
+            if found.region:
                 if write:
-                    err = pin_write(tce.region.memory, tce.vaddr + offset - tce.region.vaddr,
+                    err = pin_write(found.region.memory, found.vaddr + offset - found.region.vaddr,
                                     <char *> data + done[0], n)
                 else:
-                    err = pin_read(tce.region.memory, tce.vaddr + offset - tce.region.vaddr,
+                    err = pin_read(found.region.memory, found.vaddr + offset - found.region.vaddr,
                                    <char *> data + done[0], n)
             elif write:
-                err = user_write(tce.vaddr + offset, <char *> data + done[0], n)
+                err = user_write(found.vaddr + offset, <char *> data + done[0], n)
             else:
-                err = user_read(<char *> data + done[0], tce.vaddr + offset, n)
+                err = user_read(<char *> data + done[0], found.vaddr + offset, n)
             if not err:
                 done[0] += n
         pthread_rwlock_unlock(&self.lock)
         return err
 
-    cdef tce_t *find_entry(self, uint64_t iova, uint64_t *page) noexcept nogil:
+    cdef const tce *find_entry(self, uint64_t iova, uint64_t *page) noexcept nogil:
         cdef window_t *window
         for slot in range(SLOTS):
             window = &self.windows[slot]
-            if window.entries and iova >= window.start and (iova - window.start) >> window.shift < window.npages:
+            if window.table and iova >= window.start and (iova - window.start) >> window.shift < window.npages:
                 page[0] = <uint64_t> 1 << window.shift
-                return &window.entries[(iova - window.start) >> window.shift]
+                return tce_table_find(window.table, (iova - window.start) >> window.shift)
         return NULL
 
 
@@ -292,33 +315,6 @@ cdef int pinnable(uint64_t vaddr, uint64_t size, bint write) noexcept nogil:
         return -EFAULT
     pin_release(memory)
     return 0
-
-
-cdef uint64_t clear(window_t *window, uint64_t first, uint64_t npages) noexcept nogil:
-    cdef uint64_t found = 0, i
-    cdef tce_t *tce
-    for i in range(first, first + npages):
-        tce = &window.entries[i]
-        if tce.prot:
-            found += 1
-            if tce.region:
-                tce.region.mapped -= 1
-            tce.vaddr, tce.prot, tce.region = 0, 0, NULL
-    return found
-
-
-cdef void fill(window_t *window, uint64_t first, uint64_t npages, uint64_t vaddr, uint32_t prot,
-               region_t *region) noexcept nogil:
-    cdef uint64_t i
-    cdef tce_t *tce
-    for i in range(npages):
-        tce = &window.entries[first + i]
-        if tce.prot and tce.region:
-            tce.region.mapped -= 1
-        tce.vaddr, tce.prot = vaddr + (i << window.shift), prot
-        tce.region = region
-        if region:
-            region.mapped += 1
 
 
 cdef class TcePath(DmaPath):

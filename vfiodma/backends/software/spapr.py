@@ -1,6 +1,5 @@
 """A container of the SPAPR TCE driver, version 1 or 2: windows, registered memory, EEH."""
 import errno
-import re
 from typing import Any
 
 from ..._core.errno import error
@@ -9,6 +8,7 @@ from ..._core.tce import Region, TcePath, TceTables, charge, uncharge
 from ..._core.type1 import VERSIONS
 from ...errors import VfioError
 from ...uapi import vfio as abi
+from .registered import region_shift
 
 _PAGE = 4096                    # what processes of the model have; POWER kernels have 64 KiB as well
 _SLOTS = 2
@@ -226,18 +226,20 @@ class SpaprDriver:
         self._check_region(*key)
         if key in self.regions:
             raise error(errno.EBUSY, "register_memory", hint="registered by this container already")
-        shared = self.vfio._registered.get(key)
+        registered = self.vfio._registered
+        shared = registered.shared.get(key)
         if shared is None:
             vaddr, size = key
             charge(size // _PAGE, self.vfio._memlock_limit)
             try:
-                region = Region(vaddr, size, _region_shift(vaddr, size))
-                if any(vaddr < other + length and other < vaddr + size for other, length in self.vfio._registered):
+                region = Region(vaddr, size, region_shift(vaddr, size))
+                if registered.between(vaddr, size):
                     raise error(errno.EINVAL, "register_memory", hint="it overlaps memory that is registered")
             except VfioError:
                 uncharge(size // _PAGE)
                 raise
-            shared = self.vfio._registered[key] = [region, 0]
+            registered.enter(vaddr, size, region)
+            shared = registered.shared[key]
         shared[1] += 1
         self.regions[key] = shared[0]
         self.enabled = True
@@ -251,7 +253,7 @@ class SpaprDriver:
         self._check_region(*key)
         if key not in self.regions:
             raise error(errno.ENOENT, "unregister_memory", hint="registered are whole regions, by this container")
-        if self.regions[key].mapped and self.vfio._registered[key][1] == 1:
+        if self.regions[key].mapped and self.vfio._registered.shared[key][1] == 1:
             raise error(errno.EBUSY, "unregister_memory", hint="TCEs lead into it: unmap first")
         self._forget(key)
         return 0
@@ -262,12 +264,18 @@ class SpaprDriver:
             raise error(errno.EINVAL, "register_memory", None, size, f"whole pages of {_PAGE} bytes")
 
     def _forget(self, key):
-        del self.regions[key]
-        shared = self.vfio._registered[key]
+        region = self.regions.pop(key)
+        shared = self.vfio._registered.shared[key]
         shared[1] -= 1
-        if not shared[1]:
-            del self.vfio._registered[key]
-            uncharge(key[1] // _PAGE)
+        if shared[1]:
+            return
+        self.vfio._registered.remove(key)
+        uncharge(key[1] // _PAGE)
+        region.released = True
+        for driver in {self, *(getattr(group.container, "driver", None) for group in self.vfio._groups.values())}:
+            if isinstance(driver, SpaprDriver):
+                driver.tables.stale = True
+                driver.tables.forget()
 
     # ---- windows
 
@@ -372,7 +380,7 @@ class SpaprDriver:
         if iova + size > window.start + window.size:
             raise error(errno.EINVAL, "map_dma", iova, size, "it ends behind its window")
         self.tables.map(slot, (iova - window.start) >> window.shift, size >> window.shift, vaddr, flags,
-                        [region for region, _ in self.vfio._registered.values()] if self.v2 else None)
+                        self.vfio._registered.between(vaddr, size) if self.v2 else None)
         return 0
 
     def _unmap(self, arg):
@@ -411,23 +419,3 @@ def extension(vfio, number):
     if number == abi.VFIO_EEH:
         return int(any(group.endpoint is not None and group.endpoint.enabled for group in vfio._groups.values()))
     return int(number in (abi.VFIO_SPAPR_TCE_IOMMU, abi.VFIO_SPAPR_TCE_v2_IOMMU))
-
-
-def _region_shift(vaddr, size):
-    """Return log2 of the largest IOMMU page for memory: the alignment's, up to that of the pages it is made of."""
-    low = (vaddr | size) & -(vaddr | size)
-    return min(low, _page_size(vaddr, size)).bit_length() - 1 if low > _PAGE else 12
-
-
-def _page_size(vaddr, size):
-    """Return the bytes of the smallest page that memory is made of: more than 4 KiB for hugetlb only."""
-    smallest = None
-    with open("/proc/self/smaps") as file:
-        inside = False
-        for line in file:
-            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-                inside = int(match[1], 16) < vaddr + size and vaddr < int(match[2], 16)
-            elif inside and line.startswith("KernelPageSize:"):
-                own = int(line.split()[1]) << 10
-                smallest = own if smallest is None else min(smallest, own)
-    return smallest or _PAGE

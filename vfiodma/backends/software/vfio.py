@@ -15,6 +15,7 @@ from .faults import FaultQueueFile
 from .files import ContainerFile, DeviceFile, Group, SpaprContainerFile, need_rawio
 from .group import SoftwareGroup
 from .iommufd import CdevFile, IommufdFile
+from .registered import Registered
 
 _MEMLOCK_PROCESS, _MEMLOCK_UNLIMITED = -1, -2
 
@@ -68,7 +69,7 @@ class SoftwareVfio:
         if platform not in ("x86", "powernv"):
             raise ValueError(f'platform is "x86" or "powernv", not {platform!r}')
         self.platform = platform
-        self._registered = {}               # (vaddr, size) -> [Region, containers that registered it]
+        self._registered = Registered()
         can_iommufd = VERSIONS[kernel] >= VERSIONS["6.12"] and platform == "x86"
         self._has_iommufd = can_iommufd if iommufd is None else bool(iommufd)
         if self._has_iommufd and not can_iommufd:
