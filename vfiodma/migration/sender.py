@@ -11,7 +11,7 @@ from .._core.copy import PageStage
 from ..errors import MigrationError
 from . import stream
 from .bandwidth import BandwidthLimit
-from .channel import FrameChannel
+from .channel import FrameChannel, page_buffer
 from .compression import Codec
 from .layout import Block, MemoryLayout, split_runs
 from .stream import COMPRESSED, HEADER_SIZE, RUN_SIZE, Checksum, Compression, Kind, Totals
@@ -168,7 +168,7 @@ class _ChannelSender:
         self._direct = channel.checksum is Checksum.NONE and note_sent is None and not compression
         size = stream.DIRECT_BYTES if self._direct else max(_STAGE_BYTES, self._pgsize)
         self.chunk = size // self._pgsize
-        self._stage: Any = None if self._direct else np.empty(size, np.uint8)
+        self._stage: Any = None if self._direct else np.frombuffer(page_buffer(size), np.uint8)
         self._zeros = bytes(size) if note_sent else b""
         self._first = channel is owner.channels[0]
         self._check = partial(owner.check, self._first)
