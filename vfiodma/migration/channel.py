@@ -21,7 +21,6 @@ from .stream import (
     encode_header,
 )
 
-
 #: Content from this size on goes with a system call of its own: behind a header the kernel would copy it to and from
 #: places that are not aligned, which takes a third longer.
 _APART_BYTES = 64 << 10
