@@ -220,8 +220,7 @@ static int fail_at(pagewalk_fault *fault, uint32_t reason, uint64_t entry_gpa)
 
 static inline bool canonical(uint64_t address, unsigned bits)
 {
-    uint64_t top = address >> (bits - 1);
-    return top == 0 || top == UINT64_MAX >> (bits - 1);
+    return (address + (1ull << (bits - 1))) >> bits == 0;
 }
 
 /* The one of READS ... PRIV_WRITES that an access is. */
@@ -243,15 +242,28 @@ typedef struct {
     uint64_t gpa, entry;
 } step;
 
-/* Follow the entries down to the leaf; the number of steps, or -EFAULT. */
-static int descend(const pagewalk *w, const pagewalk_memory *memory, const table *t, uint64_t address, step *steps,
-                   pagewalk_fault *fault)
+/* A walk on its way down; all zero before the first step. */
+typedef struct {
+    step steps[MAX_LEVELS];
+    unsigned n;
+    bool at_leaf;
+} descent;
+
+static uint64_t next_gpa(const table *t, const descent *d, uint64_t address)
 {
-    uint64_t next = t->root & ADDRESS;
-    for (unsigned level = t->levels, n = 0;; level--) {
-        step *s = &steps[n++];
-        unsigned shift = 3 + 9 * level;
-        s->gpa = next + (address >> shift & 511) * 8;
+    uint64_t from = d->n ? d->steps[d->n - 1].entry : t->root;
+    return (from & ADDRESS) + (address >> (3 + 9 * (t->levels - d->n)) & 511) * 8;
+}
+
+/* Follow the entries to the leaf, or to where a table of `level` comes next.  0 or -EFAULT. */
+static int descend(const pagewalk *w, const pagewalk_memory *memory, const table *t, uint64_t address, descent *d,
+                   unsigned level, pagewalk_fault *fault)
+{
+    while (!d->at_leaf && t->levels - d->n > level) {
+        unsigned here = t->levels - d->n;
+        uint64_t inside = (1ull << (3 + 9 * here)) - 1;
+        step *s = &d->steps[d->n];
+        s->gpa = next_gpa(t, d, address);
         if (s->gpa & w->beyond)
             return fail_at(fault, PAGEWALK_OOR_ADDRESS, s->gpa);
         if (memory->load(memory->context, s->gpa, &s->entry))
@@ -263,14 +275,13 @@ static int descend(const pagewalk *w, const pagewalk_memory *memory, const table
         }
         if (s->entry & ADDRESS & w->beyond)
             return fail_at(fault, PAGEWALK_OOR_ADDRESS, s->gpa);
-        bool large = level > 1 && s->entry & LARGE;
-        uint64_t inside = (1ull << shift) - 1;
-        if (large && (level > 3 || (level == 3 && !w->huge) || s->entry & inside & ADDRESS & ~0x1000ull))
+        bool large = here > 1 && s->entry & LARGE;
+        if (large && (here > 3 || (here == 3 && !w->huge) || s->entry & inside & ADDRESS & ~0x1000ull))
             return fail_at(fault, PAGEWALK_PTE_FETCH, s->gpa);      /* reserved bits */
-        if (large || level == 1)
-            return n;
-        next = s->entry & ADDRESS;
+        d->n++;
+        d->at_leaf = large || here == 1;
     }
+    return 0;
 }
 
 /* Set the flags of the entries used.  -EAGAIN: one has changed. */
@@ -292,12 +303,12 @@ static int touch(const pagewalk_memory *memory, const table *t, const step *step
 }
 
 static int walk(pagewalk *w, const pagewalk_memory *memory, const table *t, uint32_t pasid, uint64_t address,
-                unsigned access, pagewalk_result *out, pagewalk_fault *fault)
+                unsigned access, descent *d, pagewalk_result *out, pagewalk_fault *fault)
 {
-    step steps[MAX_LEVELS];
-    int n = descend(w, memory, t, address, steps, fault);
-    if (n < 0)
-        return n;
+    if (descend(w, memory, t, address, d, 0, fault))
+        return -EFAULT;
+    const step *steps = d->steps;
+    int n = d->n;
     uint64_t all = ~0ull, leaf = steps[n - 1].entry;
     for (int i = 0; i < n; i++)
         all &= steps[i].entry;
@@ -317,9 +328,9 @@ static int walk(pagewalk *w, const pagewalk_memory *memory, const table *t, uint
 }
 
 /* What the cache does not answer: also an access that the cached rights don't allow, as raising them needs no
- * invalidation. */
+ * invalidation.  `begun` is the walk's beginning. */
 static int walk_again(pagewalk *w, const pagewalk_memory *memory, const table *t, uint64_t pasid, uint64_t address,
-                      unsigned access, pagewalk_result *out, pagewalk_fault *fault)
+                      unsigned access, descent *begun, pagewalk_result *out, pagewalk_fault *fault)
 {
     if (!t)
         return fail(fault, pasid && pasid < MAX_PASID ? PAGEWALK_BAD_PASID_ENTRY : PAGEWALK_PASID_INVALID);
@@ -328,9 +339,10 @@ static int walk_again(pagewalk *w, const pagewalk_memory *memory, const table *t
     if (access & PAGEWALK_PRIV && !(t->flags & PAGEWALK_SRE))
         return fail(fault, PAGEWALK_PERMISSION);
     for (int tries = 0; tries < MAX_TRIES; tries++) {
-        int err = walk(w, memory, t, pasid, address, access, out, fault);
+        int err = walk(w, memory, t, pasid, address, access, begun, out, fault);
         if (err != -EAGAIN)
             return err;
+        *begun = (descent){0};
     }
     return fail(fault, PAGEWALK_UNKNOWN);
 }
@@ -342,7 +354,7 @@ static const table *table_of(const pagewalk *w, uint64_t pasid)
 }
 
 static inline int translate(pagewalk *w, const pagewalk_memory *memory, const table *t, uint64_t pasid, uint64_t address,
-                            unsigned access, pagewalk_result *out, pagewalk_fault *fault)
+                            unsigned access, descent *begun, pagewalk_result *out, pagewalk_fault *fault)
 {
     const slot *s = t && canonical(address, 57) ? find(w, pasid, address) : NULL;
     if (s && s->to & kind_of_access(access)) {
@@ -350,14 +362,15 @@ static inline int translate(pagewalk *w, const pagewalk_memory *memory, const ta
         *out = (pagewalk_result){(s->to & ADDRESS) | (address & inside), inside + 1 - (address & inside)};
         return 0;
     }
-    return walk_again(w, memory, t, pasid, address, access, out, fault);
+    return walk_again(w, memory, t, pasid, address, access, begun, out, fault);
 }
 
 int pagewalk_translate(pagewalk *w, const pagewalk_memory *memory, uint64_t pasid, uint64_t address, unsigned access,
                        pagewalk_result *out, pagewalk_fault *fault)
 {
+    descent begun = {0};
     pthread_mutex_lock(&w->lock);
-    int err = translate(w, memory, table_of(w, pasid), pasid, address, access, out, fault);
+    int err = translate(w, memory, table_of(w, pasid), pasid, address, access, &begun, out, fault);
     pthread_mutex_unlock(&w->lock);
     return err;
 }
@@ -376,11 +389,24 @@ static inline expected expect(const pagewalk *w, uint32_t pasid, uint64_t addres
     return e;
 }
 
+/* Walk down to the last table: most cache misses are there, and can be waited for together. */
+static void walk_ahead(const pagewalk *w, const pagewalk_memory *memory, const table *t, uint64_t address, descent *d)
+{
+    pagewalk_fault ignored;
+    d->n = d->at_leaf = 0;
+    if (descend(w, memory, t, address, d, 1, &ignored))
+        d->n = 0;               /* the walk itself will tell */
+    else if (!d->at_leaf)
+        memory->fetch(memory->context, next_gpa(t, d, address));
+}
+
 void pagewalk_translate_many(pagewalk *w, const pagewalk_memory *memory, uint64_t pasid, const uint64_t *addresses,
                              uint64_t *gpas, size_t n, unsigned access)
 {
     uint64_t need = high_of(pasid) | kind_of_access(access);
     expected ahead[AHEAD];
+    descent begun[AHEAD] = {0};
+    size_t begun_for[AHEAD] = {0};
     pagewalk_result found;
     pagewalk_fault fault;
     pthread_mutex_lock(&w->lock);
@@ -388,15 +414,27 @@ void pagewalk_translate_many(pagewalk *w, const pagewalk_memory *memory, uint64_
     for (size_t i = 0; i < n && i < AHEAD; i++)
         ahead[i] = expect(w, pasid, addresses[i]);
     for (size_t i = 0; i < n; i++) {
-        expected e = ahead[i % AHEAD];
-        const slot *s = w->room && t ? &w->slots[e.hash & (w->room - 1)] : NULL;
+        size_t turn = i % AHEAD, used = w->used;
+        uint64_t where = ahead[turn].where;
+        /* Most are small pages, found where they are looked for first or next. */
+        const slot *s = t && w->room ? &w->slots[ahead[turn].hash & (w->room - 1)] : NULL;
+        if (s)
+            s = &w->slots[(ahead[turn].hash + (s->where != where)) & (w->room - 1)];
         if (i + AHEAD < n)
-            ahead[i % AHEAD] = expect(w, pasid, addresses[i + AHEAD]);
-        /* Most are small pages, found where they are looked for first. */
-        if (s && s->where == e.where && (s->to & (PASID_HIGH | need)) == need)
+            ahead[turn] = expect(w, pasid, addresses[i + AHEAD]);
+        if (s && s->where == where && (s->to & (PASID_HIGH | need)) == need) {
             gpas[i] = (s->to & ADDRESS) | (addresses[i] & 4095);
-        else
-            gpas[i] = translate(w, memory, t, pasid, addresses[i], access, &found, &fault) ? UINT64_MAX : found.gpa;
+            continue;
+        }
+        descent *b = &begun[turn];
+        if (begun_for[turn] != i)
+            b->n = b->at_leaf = 0;
+        gpas[i] = translate(w, memory, t, pasid, addresses[i], access, b, &found, &fault) ? UINT64_MAX : found.gpa;
+        /* This one was not in the cache: those that come won't be either. */
+        if (w->used > used && memory->fetch && i + AHEAD < n) {
+            walk_ahead(w, memory, t, addresses[i + AHEAD], b);
+            begun_for[turn] = i + AHEAD;
+        }
     }
     pthread_mutex_unlock(&w->lock);
 }

@@ -34,6 +34,7 @@ typedef struct {
     int (*load)(void *context, uint64_t gpa, uint64_t *entry);      /* -EINVAL not mapped, -EPERM, -EFAULT memory gone */
     /* Put `entry` where `seen` is; also -EAGAIN: something else is there by now. */
     int (*update)(void *context, uint64_t gpa, uint64_t seen, uint64_t entry);
+    void (*fetch)(void *context, uint64_t gpa);     /* NULL, or a hint of pagewalk_translate_many(): load will ask for it */
 } pagewalk_memory;
 
 typedef struct {

@@ -20,6 +20,7 @@
 
 static uint64_t guest[PAGES * WORDS];
 static bool readonly_tables;
+static unsigned contended;      /* every how manieth update finds that the entry has changed; 0: none */
 
 static int load(void *context, uint64_t gpa, uint64_t *entry)
 {
@@ -38,13 +39,23 @@ static int update(void *context, uint64_t gpa, uint64_t seen, uint64_t entry)
         return -EINVAL;
     if (readonly_tables)
         return -EPERM;
-    if (guest[gpa / 8] != seen)
+    static unsigned updates;
+    if (guest[gpa / 8] != seen || (contended && ++updates % contended == 0))
         return -EAGAIN;
     guest[gpa / 8] = entry;
     return 0;
 }
 
-static const pagewalk_memory memory = {NULL, load, update};
+static unsigned long fetched;
+
+static void fetch(void *context, uint64_t gpa)
+{
+    (void)context;
+    assert(gpa % 8 == 0);
+    fetched++;
+}
+
+static const pagewalk_memory memory = {NULL, load, update, fetch};
 static pagewalk *w;
 static pagewalk_result found;
 static pagewalk_fault fault;
@@ -133,6 +144,35 @@ static void check_invalidation(void)
     assert(go(1, 1ull << 30, PAGEWALK_READ) == FAULT(PTE_FETCH));
 }
 
+/* What is begun for one address is never taken for another. */
+static void check_batches(void)
+{
+    uint64_t addresses[1000], gpas[1000];
+    memset(guest, 0, sizeof guest);
+    *at(1, 0) = 2 << 12 | P | W | U | A;
+    for (unsigned i = 0; i < WORDS; i++) {
+        *at(2, i) = (3 + i % 2) << 12 | P | W | U | A;
+        *at(3, i) = *at(4, i) = (5 + i % 2) << 12 | P | W | U | A;
+        *at(5, i) = (uint64_t)(i + 1) << 12 | P | W | U | A;
+        *at(6, i) = (uint64_t)(i + 1000) << 12 | P | W | U | (i % 3 ? A : 0);
+    }
+    *at(3, 7) = 9ull << 21 | PS | P | W | U;
+    for (unsigned round = 0; round < 4; round++) {      /* cold; mixed; cached; some pages missing */
+        for (unsigned i = 0; i < 1000; i++) {
+            addresses[i] = (uint64_t)(i * 7919 % 997) * 0x203000 + i;
+            if (round == 3 && i % 5 == 0)
+                addresses[i] |= 1ull << 40;
+        }
+        if (round == 1)
+            for (unsigned i = 0; i < 1000; i += 3)
+                pagewalk_flush_pages(w, 1, addresses[i], 0);
+        pagewalk_translate_many(w, &memory, 1, addresses, gpas, 1000, PAGEWALK_READ);
+        for (unsigned i = 0; i < 1000; i++)
+            assert(gpas[i] == (round == 3 && i % 5 == 0 ? UINT64_MAX : go(1, addresses[i], PAGEWALK_READ)));
+    }
+    assert(fetched > 1000);
+}
+
 /* Many pages through one table: the cache grows, holds what it should and gives back what is dropped. */
 static void check_growth(void)
 {
@@ -174,18 +214,41 @@ static void scribble(void)
     for (unsigned i = 0; i < PAGES * WORDS; i++) {
         uint64_t r = any();
         /* Most entries lead to a table in memory, itself or one above included. */
-        guest[i] = r & 7 ? (any() % (PAGES + 1)) << 12 | (r >> 8 & 0xfff) | (r >> 20 & 3 ? P : 0) : any();
+        uint64_t flags = r >> 32 & 7 ? P | W | U | (r >> 8 & 0x760) : r >> 8 & 0xfff;
+        guest[i] = r & 31 ? (any() % (PAGES + 1)) << 12 | flags : any();
     }
+}
+
+/* A batch finds what one look-up after the other does: from the cache, from a walk, from one that was begun ahead. */
+static void fuzz_batch(const uint64_t *pool)
+{
+    uint64_t addresses[48], gpas[48], pasid = any() % 6;
+    unsigned access = any() % 16;
+    size_t n = any() % 49;
+    pagewalk_flush_all(w);
+    for (size_t i = 0; i < n; i++)
+        addresses[i] = any() % 16 ? pool[any() % 64] + (any() & 0xfff) : any();
+    for (size_t i = 0; i < n; i++)
+        if (any() % 4 == 0)     /* some are in the cache */
+            pagewalk_translate(w, &memory, pasid, addresses[i], access, &found, &fault);
+    pagewalk_translate_many(w, &memory, pasid, addresses, gpas, n, access);
+    for (size_t i = 0; i < n; i++)
+        if (pagewalk_translate(w, &memory, pasid, addresses[i], access, &found, &fault))
+            assert(gpas[i] == UINT64_MAX);
+        else
+            assert(gpas[i] == found.gpa);
 }
 
 static void fuzz(unsigned long walks)
 {
     static uint64_t pool[64];
-    unsigned long hits = 0;
+    unsigned long hits = 0, reasons[PAGEWALK_OOR_ADDRESS + 1] = {0};
     for (unsigned long i = 0; i < walks; i++) {
         if (i % 20000 == 0) {
             scribble();
             pagewalk_unbind_all(w);
+            readonly_tables = i / 20000 % 8 == 7;
+            contended = i / 20000 % 4;
             for (unsigned pasid = 1; pasid < 5; pasid++)
                 assert(!pagewalk_bind(w, pasid, any() % 8 ? any() % PAGES << 12 : any(), 4 + any() % 2, any() % 8));
             for (unsigned j = 0; j < 64; j++)
@@ -194,12 +257,15 @@ static void fuzz(unsigned long walks)
         uint64_t address = any() % 16 ? pool[any() % 64] + (any() & 0xfff) : any();
         unsigned access = any() % 16;
         if (pagewalk_translate(w, &memory, any() % 6, address, access, &found, &fault)) {
-            assert(fault.reason >= PAGEWALK_BAD_PASID_ENTRY && fault.reason <= PAGEWALK_OOR_ADDRESS);
+            assert(fault.reason != PAGEWALK_PASID_FETCH && fault.reason <= PAGEWALK_OOR_ADDRESS);
             assert(!fault.missing || fault.reason == PAGEWALK_PTE_FETCH);
+            reasons[fault.reason]++;
         } else {
             assert(found.gpa < 1ull << 39 && found.room && found.gpa % 4096 == address % 4096);
             hits++;
         }
+        if (i % 512 == 0)
+            fuzz_batch(pool);
         if (any() % 64 == 0)
             guest[any() % (PAGES * WORDS)] ^= 1ull << any() % 64;
         if (any() % 256 == 0)
@@ -207,7 +273,14 @@ static void fuzz(unsigned long walks)
         if (any() % 4096 == 0)
             pagewalk_flush_pasid(w, any() % 6);
     }
-    assert(hits > walks / 1000);
+    assert(hits > walks / 1000 && fetched > walks / 10000);
+    if (!getenv("VFIODMA_PROFILE"))
+        return;
+    printf("%lu walks: %lu found", walks, hits);
+    for (unsigned i = 0; i <= PAGEWALK_OOR_ADDRESS; i++)
+        if (reasons[i])
+            printf(", %lu reason %u", reasons[i], i);
+    puts("");
 }
 
 int main(void)
@@ -216,6 +289,7 @@ int main(void)
     w = pagewalk_new(39, true, 1 << 20);
     check_pages();
     check_invalidation();
+    check_batches();
     check_growth();
     fuzz(deep && !strcmp(deep, "deep") ? 10000000 : 500000);
     pagewalk_free(w);

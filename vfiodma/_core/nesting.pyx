@@ -29,6 +29,7 @@ cdef extern from "pagewalk.h" nogil:
         void *context
         int (*load)(void *context, uint64_t gpa, uint64_t *entry) noexcept nogil
         int (*update)(void *context, uint64_t gpa, uint64_t seen, uint64_t entry) noexcept nogil
+        void (*fetch)(void *context, uint64_t gpa) noexcept nogil
     pagewalk *pagewalk_new(unsigned width, bint huge, size_t most)
     void pagewalk_free(pagewalk *)
     int pagewalk_bind(pagewalk *, uint32_t pasid, uint64_t root, unsigned levels, unsigned flags)
@@ -45,6 +46,7 @@ cdef extern from "pagewalk.h" nogil:
 
 cdef extern from *:
     int RELAXED "__ATOMIC_RELAXED"
+    void prefetch "__builtin_prefetch" (const void *) nogil
     uint64_t load_word "__atomic_load_n" (const uint64_t *, int) nogil
 
 cdef enum:
@@ -335,6 +337,12 @@ cdef int load_entry(void *context, uint64_t gpa, uint64_t *entry) noexcept nogil
     return pin_read(page.dma.pages, gpa - page.dma.iova, entry, 8)      # readable even if WRITE only, as VT-d maps it up to 6.12
 
 
+cdef void fetch_entry(void *context, uint64_t gpa) noexcept nogil:
+    cdef const page_known *page = page_of(<second_stage *> context, gpa)
+    if page and page.words:
+        prefetch(page.words + (gpa >> 3 & 511))
+
+
 cdef int update_entry(void *context, uint64_t gpa, uint64_t seen, uint64_t entry) noexcept nogil:
     cdef second_stage *stage = <second_stage *> context
     cdef const page_known *page = page_of(stage, gpa)
@@ -358,7 +366,7 @@ cdef int nested_translate(type1_t *t, uint64_t pasid, uint64_t address, unsigned
     cdef int err = -EFAULT
     memset(known, 0, sizeof(known))
     stage.t, stage.mask, stage.known, stage.wrote, stage.log = t, 7, known, wrote, log
-    memory.context, memory.load, memory.update = &stage, load_entry, update_entry
+    memory.context, memory.load, memory.update, memory.fetch = &stage, load_entry, update_entry, NULL
     pthread_rwlock_rdlock(&t.iotlb)
     if t.nest:
         err = pagewalk_translate(t.nest, &memory, pasid, address, access, found, fault)
@@ -397,7 +405,7 @@ cdef size_t translate_many(type1_t *t, const uint64_t *addresses, uint64_t *out,
     cdef dma_t *dma
     cdef size_t i = 0, stop, hits = 0
     stage.t, stage.mask, stage.known, stage.wrote, stage.log = t, KNOWN - 1, known, wrote, log
-    memory.context, memory.load, memory.update = &stage, load_entry, update_entry
+    memory.context, memory.load, memory.update, memory.fetch = &stage, load_entry, update_entry, fetch_entry
     while i < n:
         stop = min(n, i + CHUNK)
         pthread_rwlock_rdlock(&t.iotlb)
