@@ -1,4 +1,5 @@
 """What ends with a page table: the page requests that wait for it; and what a walk's flags leave in dirty logs."""
+import ctypes
 import errno
 import select
 import struct
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from test_nesting_op import PAGE, RIGS, Rig, refused
 
-from vfiodma import SoftwareGroup
+from vfiodma import SoftwareGroup, SoftwareVfio
 from vfiodma.backends.software.device.plain import PlainDevice
 from vfiodma.errors import MemoryFaultError
 from vfiodma.uapi import iommu
@@ -143,3 +144,14 @@ def test_a_device_that_is_not_on_pci_is_not_bound():
     assert refused(rig.bind, vtd=64) == errno.EINVAL        # checked before
     assert refused(rig.bind) == refused(rig.bind, hpasid=0) == 524
     assert rig.bind(1) == 0 and rig.invalidate() == 0
+
+
+def test_free_of_a_pasid_leaves_devices_of_an_iommufd_alone():
+    vfio = SoftwareVfio("7.2", [SoftwareGroup(0, ["0000:00:10.0"], nestable=True, page_request_timeout=1.0)])
+    iommufd, device = vfio.open("/dev/iommu"), vfio.open("/dev/vfio/devices/vfio0")
+    arg = abi.vfio_device_bind_iommufd.pack(argsz=16, iommufd=iommufd)
+    buffer = ctypes.create_string_buffer(arg, len(arg))
+    vfio.ioctl(device, abi.VFIO_DEVICE_BIND_IOMMUFD, ctypes.addressof(buffer))
+    vfio.pasids.free(vfio.pasids.allocate())
+    vfio.close(device)
+    vfio.close(iommufd)

@@ -127,7 +127,12 @@ cdef class Type1Path(DmaPath):
         return nested_access(self.type1.t, pasid, address, data, size, access, gpa, done, fault, log_entry, self.log)
 
     cdef uint64_t bound(self, uint64_t pasid):
-        return 0 if self.emulated else nested_bound(self.type1.t, pasid)
+        cdef type1_t *t = self.type1.t
+        cdef uint64_t serial = 0
+        if not self.emulated:
+            with nogil:
+                serial = nested_bound(t, pasid)
+        return serial
 
     cdef int check_process(self, str operation) except -1:
         return self.type1.check_process(operation)

@@ -169,3 +169,6 @@ class PageRequester:
 
     def unrecoverable(self, reason, pasid, perm, addr, fetch_addr):
         """The kernel prints such a fault; nobody else is told."""
+
+    def drain(self, pasid=None):
+        """Page tables may be gone: the iommufd takes their requests back by itself, in drop_requests()."""
