@@ -14,9 +14,40 @@ cdef extern from "Python.h":
     uint64_t PyLong_AsUnsignedLongLong(object) noexcept
     long long PyLong_AsLongLongAndOverflow(object, int *overflow) noexcept
 
+cdef extern from *:
+    """
+    /* An int of up to two digits (60 bits, no sign), read without a call; 0 = not one, or laid out in another way. */
+    static inline int args_digits(PyObject *number, uint64_t *value)
+    {
+    #if PyLong_SHIFT == 30 && !defined(Py_LIMITED_API) && !defined(PYPY_VERSION) && PY_VERSION_HEX < 0x030F0000
+        if (PyLong_Check(number)) {
+    #if PY_VERSION_HEX >= 0x030C0000
+            const uintptr_t tag = ((PyLongObject *)number)->long_value.lv_tag;     /* digits << 3 | sign: 0 = positive */
+            const digit *digits = ((PyLongObject *)number)->long_value.ob_digit;
+            const uintptr_t one = 1 << 3, two = 2 << 3;
+    #else
+            const Py_ssize_t tag = Py_SIZE(number);                                 /* negative as the number is */
+            const digit *digits = ((PyLongObject *)number)->ob_digit;
+            const Py_ssize_t one = 1, two = 2;
+    #endif
+            if (tag == one) {
+                *value = digits[0];
+                return 1;
+            }
+            if (tag == two) {
+                *value = (uint64_t)digits[1] << PyLong_SHIFT | digits[0];
+                return 1;
+            }
+        }
+    #endif
+        return 0;
+    }
+    """
+    bint args_digits(object, uint64_t *value) noexcept
 
-# The integer as uint64: TypeError for another type, EINVAL for another integer.
-cdef inline uint64_t u64(str operation, object number) except? 0xffffffffffffffff:
+
+# u64() of any object: every number of bits, and the errors.
+cdef inline uint64_t u64_of(str operation, object number) except? 0xffffffffffffffff:
     cdef uint64_t value
     cdef long long small
     cdef int overflow
@@ -30,6 +61,14 @@ cdef inline uint64_t u64(str operation, object number) except? 0xfffffffffffffff
         PyErr_Clear()
         raise_errno(EINVAL, operation, number, None, f"{number} is not within 0 ... 2**64 - 1")
     return value
+
+
+# The integer as uint64: TypeError for another type, EINVAL for another integer.
+cdef inline uint64_t u64(str operation, object number) except? 0xffffffffffffffff:
+    cdef uint64_t value
+    if args_digits(number, &value):
+        return value
+    return u64_of(operation, number)
 
 
 # A C-contiguous buffer of native uint64; release it with PyBuffer_Release.

@@ -3,8 +3,10 @@
 Arguments are built on the C stack; with the running kernel the GIL is released for every call, where there is another
 thread to take it.
 """
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.long cimport PyLong_CheckExact
 from libc.errno cimport EAGAIN, EBADF, EINTR, EINVAL, errno
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.string cimport memset
@@ -30,11 +32,12 @@ cdef extern from *:
     #else
         PyInterpreterState *interpreter = PyInterpreterState_Head();
         PyThreadState *thread = PyInterpreterState_ThreadHead(interpreter);
-        return !PyInterpreterState_Next(interpreter) && thread && !PyThreadState_Next(thread);
+        return !PyInterpreterState_Next(interpreter) && thread && !thread->next;
     #endif
     }
     """
     bint kernel_only_thread() noexcept nogil
+
 
 cdef enum:
     EAGAIN_TRIES = 1000             # of a millisecond each: a lock of the device that somebody holds for long is EAGAIN
@@ -63,43 +66,59 @@ cdef class Descriptor:
         self.real = system is None or getattr(system, "real", False)
         self.fd = fd
 
+    cdef long once(self, int fd, uint32_t request, void *arg) except? -1:
+        """Return the result of one ioctl, or -errno."""
+        cdef int result
+        if kernel_only_thread():
+            result = ioctl(fd, request, arg)
+            return result if result >= 0 else -errno
+        self.users += 1                     # so long the number stays this file's
+        with nogil:
+            result = ioctl(fd, request, arg)
+            if result < 0:
+                result = -errno
+        self.users -= 1
+        if self.fd != fd and not self.users:
+            self.release(fd)
+        return result
+
     cdef long call(self, uint32_t request, void *arg) except? -1:
         """Return the ioctl's result, or -errno; raises for signals only."""
-        cdef int fd = self.fd, result, err, tries = 0
-        cdef timespec pause
-        if fd < 0:
+        cdef int fd = self.fd
+        cdef long result
+        if not self.real or fd < 0:
+            return self.call_system(request, arg)
+        result = self.once(fd, request, arg)
+        if result >= 0 or (result != -EINTR and result != -EAGAIN):
+            return result
+        return self.call_again(request, arg, result)
+
+    cdef long call_system(self, uint32_t request, void *arg) except? -1:
+        if self.fd < 0:
             return -EBADF
-        if not self.real:
-            try:
-                return self.system.ioctl(fd, request, <size_t> arg)
-            except OSError as exc:
-                return -<long> exc.errno
+        try:
+            return self.system.ioctl(self.fd, request, <size_t> arg)
+        except OSError as exc:
+            return -<long> exc.errno
+
+    cdef long call_again(self, uint32_t request, void *arg, long result) except? -1:
+        """Go on with an ioctl that ended with EINTR or EAGAIN."""
+        cdef int fd = self.fd, tries = 0
+        cdef timespec pause
         while True:
-            if kernel_only_thread():
-                result = ioctl(fd, request, arg)
-                err = errno
-            else:
-                self.users += 1             # so long the number stays this file's
-                with nogil:
-                    result = ioctl(fd, request, arg)
-                    err = errno
-                self.users -= 1
-                if self.fd != fd and not self.users:
-                    self.release(fd)
-            if result >= 0:
-                return result
-            if err == EINTR:
-                PyErr_CheckSignals()
-            elif err == EAGAIN and tries < EAGAIN_TRIES:
+            if result == -EAGAIN:
+                if tries == EAGAIN_TRIES:
+                    return result
                 tries += 1
                 pause.tv_sec, pause.tv_nsec = 0, 1000000
                 with nogil:
                     nanosleep(&pause, NULL)
-                PyErr_CheckSignals()
-            else:
-                return -err
+            PyErr_CheckSignals()
             if self.fd != fd:               # closed meanwhile: the number may be somebody else's
                 return -EBADF
+            result = self.once(fd, request, arg)
+            if result != -EINTR and result != -EAGAIN:
+                return result
 
     cdef int fail(self, int err, str operation, object iova=None, object size=None, object entry=None) except -1:
         hint = self._hint(-err, operation)
@@ -258,6 +277,9 @@ cdef class Type1Ioctls(Descriptor):
             PyBuffer_Release(&view)
         return 0
 
+    # The methods of the hot path are built-in ones: the interpreter calls them with fewer steps than Cython's functions.
+    @cython.binding(False)
+    @cython.embedsignature.format("clinic")
     def map_dma(self, iova, vaddr, size, prot):
         """Map ``[vaddr, vaddr + size)`` at ``iova``; the pages are pinned.
 
@@ -289,6 +311,8 @@ cdef class Type1Ioctls(Descriptor):
         """Map an (n, 4) uint64 array of (iova, vaddr, size, prot): all of them, or none; the text of an error names the entry."""
         self.map_rows("map_many", entries, 4)
 
+    @cython.binding(False)
+    @cython.embedsignature.format("clinic")
     def unmap_dma(self, iova, size):
         """Remove the mappings inside ``[iova, iova + size)``; return the bytes removed.
 
@@ -301,11 +325,11 @@ cdef class Type1Ioctls(Descriptor):
         -----
         The GIL is released.  Source: VFIO_IOMMU_UNMAP_DMA.
         """
-        cdef uint64_t unmapped
-        cdef long result = self.unmap_one(u64("unmap_dma", iova), u64("unmap_dma", size), 0, &unmapped)
+        cdef uint64_t start = u64("unmap_dma", iova), length = u64("unmap_dma", size), unmapped
+        cdef long result = self.unmap_one(start, length, 0, &unmapped)
         if result < 0:
             self.fail(result, "unmap_dma", iova, size)
-        return unmapped
+        return size if unmapped == length and PyLong_CheckExact(size) else unmapped      # no new int for the same number
 
     def unmap_all(self):
         """Remove every mapping; return the bytes removed.  Source: VFIO_DMA_UNMAP_FLAG_ALL (Linux 5.12)."""
