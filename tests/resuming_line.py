@@ -66,9 +66,12 @@ class Line:
             raise MigrationError(errno.ETIMEDOUT, operation="accept", hint="nobody came")
         return SocketTransport(sock, 5)
 
+    def first(self):
+        return self.accept()
+
     def serve(self):
         try:
-            self.receiver = PageReceiver(self.accept(), lambda hello: self.target, accept=self.accept,
+            self.receiver = PageReceiver(self.first(), lambda hello: self.target, accept=self.accept,
                                          **self.options)
             self.phase = self.receiver.serve(5, breaks=self.breaks)
             if self.phase is Phase.OWNER:

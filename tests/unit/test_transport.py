@@ -2,15 +2,14 @@
 import contextlib
 import errno
 import os
-import shutil
 import socket
 import stat
-import subprocess
 import threading
 import time
 
 import pytest
 from migration_doubles import PGSIZE, LogTracker, Machine, Peer, content_of, guest
+from transport_ends import have_openssl, make_certificates
 
 from vfiodma.errors import InvalidArgumentError, MigrationError, ProtocolError
 from vfiodma.migration import PrecopySource
@@ -22,32 +21,10 @@ CONTENT = [bytes(512) + b"a" * 3072 + bytes(512), os.urandom(64 << 10)]
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
-    """TlsFiles of a destination on localhost, a source, a stranger from another authority, and one for another host."""
-    if shutil.which("openssl") is None:
+    """TlsFiles of a destination on localhost, a source, a stranger from another authority, and others."""
+    if not have_openssl():
         pytest.skip("needs openssl")
-    place = tmp_path_factory.mktemp("tls")
-
-    def openssl(*args, text=""):
-        subprocess.run(["openssl", *args], cwd=place, check=True, capture_output=True, input=text, text=True)
-
-    def authority(name):
-        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj",
-                f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem")
-
-    def files(name, ca, hosts):
-        openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}",
-                "-keyout", f"{name}.key", "-out", f"{name}.csr")
-        (place / f"{name}.ext").write_text(f"subjectAltName={hosts}\n")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{ca}.pem", "-CAkey", f"{ca}.key", "-CAcreateserial",
-                "-days", "2", "-extfile", f"{name}.ext", "-out", f"{name}.pem")
-        return TlsFiles(place / "ours.pem", place / f"{name}.pem", place / f"{name}.key")
-
-    authority("ours")
-    authority("theirs")
-    return {"destination": files("destination", "ours", "DNS:localhost,IP:127.0.0.1"),
-            "source": files("source", "ours", "DNS:source"),
-            "stranger": files("stranger", "theirs", "DNS:localhost,IP:127.0.0.1"),
-            "elsewhere": files("elsewhere", "ours", "DNS:elsewhere")}
+    return make_certificates(tmp_path_factory.mktemp("tls"))
 
 
 @contextlib.contextmanager
@@ -267,8 +244,9 @@ def test_certificates_and_their_url_belong_together(tmp_path):
 
 
 @pytest.mark.parametrize("source, destination", [("stranger", "destination"), ("source", "stranger"),
-                                                 ("source", "elsewhere")])
-def test_a_certificate_of_another_authority_or_host_is_refused(certificates, source, destination):
+                                                 ("source", "elsewhere"), ("expired", "destination"),
+                                                 ("source", "expired")])
+def test_a_certificate_of_another_authority_or_host_or_time_is_refused(certificates, source, destination):
     with listen("tls://localhost:0", timeout=10, tls=certificates[destination]) as listener:
         failures = []
 

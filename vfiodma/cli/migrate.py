@@ -20,6 +20,7 @@ from ..migration import Migration, MigrationResult, PageReceiver, stream
 from ..migration.compression import offer
 from ..migration.events import Event, Progress, Round, Stage, summary
 from ..migration.handover import Journal
+from ..migration.joining import accept_good
 from ..migration.stream import Phase
 from ..migration.transport import TlsFiles, listen
 from . import control
@@ -191,7 +192,7 @@ def serve(
         listener = stack.enter_context(listen(url, timeout=timeout, tls=_tls(ca, certificate, key), insecure=insecure))
         _say(as_json, {"event": "listening", "url": url, "most": size}, f"waiting at {url} for {amount(size)} at most")
         here = stack.enter_context(contextlib.closing(Destination(size, at_most=True)))
-        transport = stack.enter_context(contextlib.closing(listener.accept(wait)))
+        transport = stack.enter_context(contextlib.closing(accept_good(listener.accept, time.monotonic() + wait)))
         status.update(stage="receiving")
         receiver = stack.enter_context(PageReceiver(
             transport, here.make_memory, fresh=True, accept=listener.accept, channels=channels,

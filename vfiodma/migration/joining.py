@@ -16,6 +16,24 @@ _JOIN = 2.0     # seconds for a JOIN to come over a new connection
 _LOOK = 0.1     # seconds between looks at channel 0
 
 
+def accept_good(accept: Callable[[float], Any], until: float) -> Any:
+    """Return the next connection whose handshake is good; strangers do not end the wait.
+
+    Parameters
+    ----------
+    accept : callable
+        Called with seconds; returns a Transport, or raises MigrationError: ``Listener.accept``.
+    until : float
+        Of time.monotonic().
+    """
+    while True:
+        try:
+            return accept(max(until - time.monotonic(), 0.001))
+        except MigrationError as exc:
+            if exc.errno not in _STRANGERS or exc.errno == errno.ETIMEDOUT or time.monotonic() >= until:
+                raise
+
+
 def connect_channels(connect: Callable[[], Any], control: Any, hello: Hello, ready: Ready) -> list[FrameChannel]:
     """Open the further channels that READY allows.
 

@@ -17,7 +17,7 @@ from .compression import offer as offer_compression
 from .device_group import DeviceSinks
 from .handover import DestinationHandover, Journal
 from .intake import ChannelIntake, open_boards, take_epoch
-from .joining import accept_channels, close_channels
+from .joining import accept_channels, accept_good, close_channels
 from .layout import MemoryLayout
 from .prefault import Prefault
 from .sharing import take
@@ -209,7 +209,7 @@ class PageReceiver:
                     if on_break is not None:
                         on_break(exc)
                 self._channel.close()       # the source is to notice as well
-                self.reconnect(self._accept(max(until - time.monotonic(), 0.001)))
+                self.reconnect(accept_good(self._accept, until))
         finally:
             self._channel.close()
 
@@ -223,7 +223,7 @@ class PageReceiver:
         """
         if self._accept is None:
             raise error(errno.EINVAL, "linger", hint="there is no accept= to get a connection from")
-        with contextlib.closing(self._accept(seconds)) as transport, self._telling():
+        with contextlib.closing(accept_good(self._accept, time.monotonic() + seconds)) as transport, self._telling():
             self.reconnect(transport)
             self._receive_hello()
 

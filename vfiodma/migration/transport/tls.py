@@ -5,9 +5,11 @@ import os
 import select
 import socket
 import ssl
+import time
 from dataclasses import dataclass
+from typing import Any
 
-from ...errors import MigrationError
+from ...errors import MigrationError, VfioError
 from .polled import PolledTransport
 
 
@@ -47,6 +49,8 @@ class TlsTransport(PolledTransport):
         The name that the peer's certificate must have; None on the side that accepted the connection.
     timeout : float
         As of SocketTransport; also of the handshake.
+    handshake : bool
+        Wait for its end; else ``shake`` is the caller's to call.
 
     Notes
     -----
@@ -54,31 +58,43 @@ class TlsTransport(PolledTransport):
     of it only when it receives something.
     """
 
-    def __init__(self, sock: socket.socket, files: TlsFiles, server_name: str | None, timeout: float = 30.0) -> None:
+    def __init__(self, sock: socket.socket, files: TlsFiles, server_name: str | None, timeout: float = 30.0, *,
+                 handshake: bool = True) -> None:
         try:
-            self.check_timeout(timeout)
-            self.timeout = timeout
-            sock.settimeout(timeout)
-            context = files.context(server=server_name is None)
-            self._tls = context.wrap_socket(sock, server_side=server_name is None, server_hostname=server_name)
-        except MigrationError:
-            sock.close()
-            raise
-        except TimeoutError:
-            sock.close()
-            raise self._silent("tls") from None
-        except OSError as exc:
-            sock.close()
-            raise self._lost(exc, "tls") from None
-        except BaseException:
-            sock.close()
-            raise
-        try:
-            self._tls.setblocking(False)
             super().__init__(timeout)
         except BaseException:
-            self._tls.close()
+            sock.close()
             raise
+        try:
+            sock.setblocking(False)
+            self._tls: Any = sock
+            self._tls = files.context(server=server_name is None).wrap_socket(
+                sock, server_side=server_name is None, server_hostname=server_name, do_handshake_on_connect=False)
+            until = time.monotonic() + timeout
+            while handshake and (event := self.shake()):
+                if not self._poll("receive", self.fileno(), event, max(until - time.monotonic(), 0)):
+                    raise self._silent("tls")
+        except BaseException as exc:
+            self.close()
+            if isinstance(exc, OSError) and not isinstance(exc, VfioError):
+                raise self._lost(exc, "tls") from None
+            raise
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return int(self._tls.fileno())
+
+    def shake(self) -> int:
+        """Go on with the handshake; return what has to be waited for (POLLIN, POLLOUT), or 0 when it is done."""
+        try:
+            self._tls.do_handshake()
+            return 0
+        except ssl.SSLWantReadError:
+            return select.POLLIN
+        except ssl.SSLWantWriteError:
+            return select.POLLOUT
+        except OSError as exc:
+            raise self._lost(exc, "tls") from None
 
     def _send_some(self, views: list[memoryview]) -> int:
         return self._when_ready("send", self._tls.fileno(), lambda: self._tls.send(views[0]))
@@ -96,7 +112,7 @@ class TlsTransport(PolledTransport):
         return bool(self._tls.pending() or self._poll("receive", self._tls.fileno(), select.POLLIN, timeout))
 
     def _lost(self, exc: OSError, doing: str) -> OSError:
-        if isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        if isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError) or exc.errno == errno.ENOTCONN:
             exc = ConnectionResetError()
         if not isinstance(exc, ssl.SSLError):
             return super()._lost(exc, doing)

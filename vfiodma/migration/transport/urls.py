@@ -4,6 +4,7 @@ import errno
 import ipaddress
 import os
 import re
+import select
 import socket
 import stat
 import time
@@ -15,6 +16,8 @@ from ...errors import MigrationError
 from .pipes import PipeTransport
 from .sockets import ByteTransport, SocketTransport
 from .tls import TlsFiles, TlsTransport
+
+_MOST_SHAKING = 64      # connections in the handshake of TLS: the oldest goes for a newer one
 
 
 class _Url(NamedTuple):
@@ -199,6 +202,8 @@ class Listener:
         self._sock = sock
         self._timeout = timeout
         self._tls = tls
+        self._shaking: dict[int, tuple[TlsTransport, int, float]] = {}      # event awaited, when it is given up
+        self._sock.setblocking(False)
         self._path: tuple[str, int] | None = None
         if url.scheme == "unix":
             self.url = f"unix:{url.host}"
@@ -213,28 +218,72 @@ class Listener:
         Raises
         ------
         MigrationError
-            ETIMEDOUT: nobody came.  EKEYREJECTED: somebody without a good certificate did; another call waits for the
-            next one.
+            ETIMEDOUT: nobody came.  EKEYREJECTED, EPROTO, ECONNRESET: somebody without a good certificate, or without
+            TLS, did; another call waits for the next one.  Who is slow in a handshake holds up nobody else.
         """
         limit = self._timeout if timeout is None else timeout
         ByteTransport.check_timeout(limit)
+        until = time.monotonic() + limit
+        while True:
+            poll = select.poll()
+            try:
+                poll.register(self._sock, select.POLLIN)
+                for fd, (_, event, _) in self._shaking.items():
+                    poll.register(fd, event)
+            except (OSError, ValueError):
+                raise MigrationError(errno.EBADF, operation="transport", hint="the listener is closed") from None
+            now = time.monotonic()
+            ends = min([until, *(end for _, _, end in self._shaking.values())])
+            ready = [fd for fd, _ in poll.poll(max(ends - now, 0) * 1e3)]
+            for fd in [fd for fd in self._shaking if fd in ready]:
+                if (tls := self._shake(fd)) is not None:
+                    return tls
+            if self._sock.fileno() in ready and (plain := self._accept()) is not None:
+                return plain
+            now = time.monotonic()
+            for fd in [fd for fd, (_, _, end) in self._shaking.items() if now >= end]:
+                self._shaking.pop(fd)[0].close()
+            if now >= until:
+                raise MigrationError(errno.ETIMEDOUT, operation="transport", hint="nobody connected")
+
+    def _accept(self) -> SocketTransport | None:
+        """Take one connection; with TLS its handshake goes on beside others'."""
         try:
-            self._sock.settimeout(limit)
             sock, _ = self._sock.accept()
+        except BlockingIOError:         # it is gone already
+            return None
         except OSError as exc:
-            raise _failed(exc, "nobody connected" if isinstance(exc, TimeoutError) else str(exc)) from None
+            raise _failed(exc, str(exc)) from None
         try:
             _tune(sock, self._timeout)
         except OSError as exc:
             sock.close()
             raise _failed(exc, "the connection was lost at once") from None
-        if self._tls is not None:
-            return TlsTransport(sock, self._tls, None, self._timeout)
-        return SocketTransport(sock, self._timeout)
+        if self._tls is None:
+            return SocketTransport(sock, self._timeout)
+        while len(self._shaking) >= _MOST_SHAKING:
+            self._shaking.pop(next(iter(self._shaking)))[0].close()
+        tls = TlsTransport(sock, self._tls, None, self._timeout, handshake=False)
+        self._shaking[tls.fileno()] = tls, select.POLLIN, time.monotonic() + self._timeout
+        return None
+
+    def _shake(self, fd: int) -> TlsTransport | None:
+        tls, _, end = self._shaking.pop(fd)
+        try:
+            event = tls.shake()
+        except BaseException:
+            tls.close()
+            raise
+        if not event:
+            return tls
+        self._shaking[fd] = tls, event, end
+        return None
 
     def close(self) -> None:
         """Stop listening, and remove the UNIX socket's file; idempotent."""
         self._sock.close()
+        while self._shaking:
+            self._shaking.popitem()[1][0].close()
         path, self._path = self._path, None
         if path is not None:
             with contextlib.suppress(OSError):
