@@ -4,6 +4,7 @@ import itertools
 import pytest
 
 from vfiodma import IommufdContainer, SoftwareGroup, SoftwareVfio, Type1Container
+from vfiodma.backends.spapr import SpaprContainer
 from vfiodma.devices.edu import EduDevice
 from vfiodma.testing import BackendConformance
 from vfiodma.uapi import vfio as abi
@@ -38,6 +39,12 @@ for kernel in ("6.12", "7.2"):
           edu=EDU, charges_locked_memory=True, exact_dirty=True)
     suite(f"TestType1OnIommufd{suffix}", lambda self, kernel=kernel: Type1Container(
         [EDU], system=make(kernel), node="/dev/iommu"), edu=EDU, charges_locked_memory=True, atomic_unmap=False)
+
+for version in (1, 2):
+    # Without EEH, which stops a device that is refused an access.  Tables are charged, too: more than the checks allow.
+    suite(f"TestSpapr{version}", lambda self, version=version: SpaprContainer(
+        [EDU], system=SoftwareVfio("7.2", [SoftwareGroup(3, [EduDevice(EDU)], eeh=False)], platform="powernv"),
+        version=version), edu=EDU, maps_readable_memory=version == 1)
 
 
 class TestSoftwareManyEntries(BackendConformance):

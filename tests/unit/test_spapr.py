@@ -12,7 +12,8 @@ from vfiodma import GuestMemory, IoAddressSpace, SoftwareGroup, SoftwareVfio, Vf
 from vfiodma.backends.software.spapr import TceGroup, table_bytes
 from vfiodma.backends.spapr import EehOp, EehState, SpaprContainer, Window
 from vfiodma.devices import EduDevice
-from vfiodma.errors import InvalidArgumentError, VfioError
+from vfiodma.errors import InvalidArgumentError, IovaSpaceError, VfioError
+from vfiodma.types import IovaRange
 
 PAGE = 4096
 BASE = 0x3B64
@@ -199,7 +200,7 @@ def test_memory_that_another_container_registered_stays_while_it_is_mapped(memor
     other.register_memory(memory, 4 * PAGE)
     with SpaprContainer([chip.address], system=vfio) as container, VfioDevice.open(container, chip.address):
         container.register_memory(memory + 8 * PAGE, PAGE)
-        container._registered[memory, 4 * PAGE] = False     # as the driver sees it: the process's
+        container._registered.insert(memory, 4 * PAGE, 0)   # as the driver sees it: the process's
         container.map_dma(0, memory, 4 * PAGE, READ | WRITE)
         other.close()
         port = vfio._groups[0].ports[chip.address]
@@ -417,6 +418,64 @@ def test_an_address_space_works_over_windows():
             container.remove_window(second.start)
             with pytest.raises(InvalidArgumentError):
                 container.remove_window(second.start)
+
+
+def test_the_allocator_goes_over_all_windows_and_learns_of_new_ones():
+    vfio = SoftwareVfio(groups=[SoftwareGroup(0, ["0000:00:10.0"], tce=TceGroup(tce32_size=2 << 20))],
+                        platform="powernv", memlock_limit=None)
+    with GuestMemory.memfd(1 << 20) as memory, SpaprContainer(["0000:00:10.0"], system=vfio) as container, \
+            IoAddressSpace(container) as ioas:
+        first = ioas.map(memory)
+        with pytest.raises(IovaSpaceError):
+            ioas.map(memory)                                # the default window is full
+        window = container.create_window(12, 1 << 30, 2)
+        assert ioas.refresh_ranges() == [] and ioas.iova_ranges == [IovaRange(0, (2 << 20) - 1),
+                                                                    IovaRange(1 << 59, (1 << 59) + (1 << 30) - 1)]
+        second = ioas.map(memory)
+        assert first.iova < 2 << 20 and second.iova >= 1 << 59
+        assert ioas.translate(second.iova + 5) == memory.region.vaddr + 5
+        container.remove_window(window.start)
+        assert ioas.refresh_ranges() == [IovaRange(second.iova, second.iova + (1 << 20) - 1)]
+        with pytest.raises(IovaSpaceError):
+            ioas.map(memory)
+        registered = vfio.locked_pages()
+        assert ioas.unmap(second.iova) == 1 << 20           # its window is gone: there is nothing left to clear
+        assert vfio.locked_pages() == registered and len(ioas) == 1
+        ioas.unmap(first.iova)
+        assert vfio.locked_pages() == registered - 256
+
+
+def test_a_removed_windows_mappings_make_room_for_new_ones(memory):
+    vfio = SoftwareVfio(groups=[SoftwareGroup(0, ["0000:00:10.0"])], platform="powernv", memlock_limit=None)
+    with SpaprContainer(["0000:00:10.0"], system=vfio) as container:
+        container.map_dma(0, memory, 4 * PAGE, READ)
+        container.map_dma(4 * PAGE, memory, 4 * PAGE, READ)
+        container.remove_window(0)
+        container.create_window(12, 1 << 20)
+        container.map_dma(2 * PAGE, memory, 4 * PAGE, READ)     # over two that are gone
+        with pytest.raises(VfioError, match="something is mapped there"):
+            container.map_dma(5 * PAGE, memory, PAGE, READ)
+        assert container.unmap_all() == 4 * PAGE and not vfio._registered.shared
+
+
+def test_mappings_share_the_memory_that_they_overlap_in(memory):
+    vfio = SoftwareVfio(groups=[SoftwareGroup(0, ["0000:00:10.0"])], platform="powernv", memlock_limit=None)
+    with SpaprContainer(["0000:00:10.0"], system=vfio) as container:
+        container.register_memory(memory + 6 * PAGE, PAGE)
+        before = vfio.locked_pages()
+        container.map_dma(0, memory + 2 * PAGE, 2 * PAGE, READ)
+        container.map_dma(32 * PAGE, memory, 8 * PAGE, READ)    # around what is registered, in three pieces more
+        assert vfio.locked_pages() - before >= 7
+        assert sorted(vfio._registered.shared) == [(memory + at * PAGE, n * PAGE) for at, n in
+                                                   ((0, 2), (2, 2), (4, 2), (6, 1), (7, 1))]
+        container.unmap_dma(0, 2 * PAGE)
+        assert container.unmap_dma(32 * PAGE, 8 * PAGE) == 8 * PAGE
+        assert sorted(vfio._registered.shared) == [(memory + 6 * PAGE, PAGE)]
+        ctypes.CDLL(None).mprotect(ctypes.c_void_p(memory + 60 * PAGE), PAGE, 0)
+        with pytest.raises(VfioError) as caught:
+            container.map_dma(0, memory + 4 * PAGE, 60 * PAGE, READ)
+        assert (caught.value.operation, caught.value.errno, caught.value.size) == ("map_dma", errno.EFAULT, 60 * PAGE)
+        assert sorted(vfio._registered.shared) == [(memory + 6 * PAGE, PAGE)]
 
 
 def test_the_typed_container_undoes_what_fails_and_knows_its_mappings(memory):

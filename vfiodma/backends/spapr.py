@@ -1,19 +1,29 @@
 """The VFIO container with the SPAPR TCE driver of POWER: windows, registered memory, EEH."""
 import enum
 import errno
+import operator
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .._core.errno import error
 from .._core.kernel import Descriptor
-from ..errors import VfioError
+from .._core.rangemap import RangeMap
+from ..errors import ForkedError, VfioError
 from ..kernel import KernelVfio, refuse_unbound
 from ..protocols import VfioSystem
 from ..types import Capabilities, IovaRange
 from ..uapi import vfio as abi
 
 _CONTAINER = "/dev/vfio/vfio"
+_END = 1 << 64
+
+_HINTS = {
+    errno.EFAULT: "the memory is not there, or not writable: registered memory must be, up to its last page",
+    errno.ENOMEM: "the limit of locked memory (RLIMIT_MEMLOCK): raise it, or run with CAP_IPC_LOCK",
+    errno.EINVAL: "whole pages of the window; memory that overlaps a registered region in part, or whose pages are "
+                  "smaller than the window's, can't be mapped",
+}
 
 
 class TceInfo(NamedTuple):
@@ -96,8 +106,10 @@ class SpaprContainer(Descriptor):
         self._lock = threading.RLock()
         self._groups: dict[str, Descriptor] = {}
         self._members: dict[str, Descriptor] = {}
-        self._registered: dict[tuple[int, int], bool] = {}      # region -> by map_dma
-        self._mapped: dict[int, tuple[int, tuple[int, int] | None]] = {}    # iova -> size, its region
+        self._registered = RangeMap()           # vaddrs -> how many mappings lead there
+        self._own: set[int] = set()             # vaddrs of regions that map_dma registered
+        self._mapped = RangeMap()               # iovas -> vaddr
+        self._gone: set[int] = set()            # iovas of mappings whose window was removed
         self.windows: list[Window] = []
         super().__init__(vfio, vfio.open(_CONTAINER))
         try:
@@ -142,13 +154,24 @@ class SpaprContainer(Descriptor):
             locked memory; EFAULT: not writable; ENOTTY: version 1.
         """
         with self._lock:
-            self._register(vaddr, size, False)
+            layout = abi.vfio_iommu_spapr_register_memory
+            self._register(bytearray(layout.pack(argsz=layout.size, vaddr=_u64("register_memory", vaddr),
+                                                 size=_u64("register_memory", size))), "register_memory")
 
-    def _register(self, vaddr: int, size: int, by_map: bool) -> None:
-        layout = abi.vfio_iommu_spapr_register_memory
-        data = bytearray(layout.pack(argsz=layout.size, vaddr=vaddr, size=size))
-        self.ioctl(abi.VFIO_IOMMU_SPAPR_REGISTER_MEMORY, data, "register_memory")
-        self._registered[vaddr, size] = by_map
+    def _register(self, data: bytearray, operation: str, iova: int | None = None, size: int | None = None) -> None:
+        self._call(abi.VFIO_IOMMU_SPAPR_REGISTER_MEMORY, data, operation, iova, size)
+        values = abi.vfio_iommu_spapr_register_memory.unpack(data)
+        if values["size"]:
+            self._registered.insert(values["vaddr"], values["size"], 0)
+
+    def _call(self, request: int, data: bytearray, operation: str, iova: int | None, size: int | None) -> int:
+        try:
+            return self.ioctl(request, data, operation)
+        except ForkedError:
+            raise
+        except VfioError as exc:
+            hint = exc.hint or _HINTS.get(exc.errno or 0, "")
+            raise error(exc.errno, operation, iova, size, hint) from None
 
     def unregister_memory(self, vaddr: int, size: int) -> None:
         """Let registered memory go.
@@ -162,7 +185,9 @@ class SpaprContainer(Descriptor):
             layout = abi.vfio_iommu_spapr_register_memory
             data = bytearray(layout.pack(argsz=layout.size, vaddr=vaddr, size=size))
             self.ioctl(abi.VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY, data, "unregister_memory")
-            self._registered.pop((vaddr, size), None)
+            if size:
+                self._registered.remove(vaddr)
+                self._own.discard(vaddr)
 
     def create_window(self, page_shift: int, size: int, levels: int = 1) -> Window:
         """Make a window of pages of ``1 << page_shift`` bytes; version 2.
@@ -182,7 +207,11 @@ class SpaprContainer(Descriptor):
             return window
 
     def remove_window(self, start: int) -> None:
-        """Remove the window that begins at ``start``, with what is mapped in it; EINVAL where there is none."""
+        """Remove the window that begins at ``start``; EINVAL where there is none.
+
+        Devices reach nothing of it any more.  Mappings in it are known up to their ``unmap_dma``, or to a new one in
+        their place; of an IoAddressSpace, ``refresh_ranges`` tells which they are.
+        """
         with self._lock:
             window = next((window for window in self.windows if window.start == start), None)
             if window is None:
@@ -191,8 +220,10 @@ class SpaprContainer(Descriptor):
             self.ioctl(abi.VFIO_IOMMU_SPAPR_TCE_REMOVE, bytearray(layout.pack(argsz=layout.size, start_addr=start)),
                        "remove_window")
             self.windows.remove(window)
-            for iova in [iova for iova in self._mapped if window.start <= iova < window.start + window.size]:
-                self._let_go(*self._mapped.pop(iova))
+            for iova, length, vaddr in self._overlapping(self._mapped, window.start, window.size):
+                if iova not in self._gone:
+                    self._gone.add(iova)
+                    self._release(vaddr, length)
 
     # ---- Backend
 
@@ -207,42 +238,84 @@ class SpaprContainer(Descriptor):
 
     def map_dma(self, iova: int, vaddr: int, size: int, prot: int) -> None:
         """Map memory; see Backend.  EEXIST where this container has mapped before."""
+        at, source, length, access = (_u64("map_dma", value) for value in (iova, vaddr, size, prot))
+        if not length or not 0 < access < 4 or source + length > _END:
+            raise error(errno.EINVAL, "map_dma", at, length, "a size, and rights to read or write (1, 2, 3)")
         with self._lock:
-            if any(iova < other + length and other < iova + size for other, (length, _) in self._mapped.items()):
-                raise error(errno.EEXIST, "map_dma", iova, size, "something is mapped there")
-            own = None
-            if self.version == 2:
-                own = next(((base, length) for base, length in self._registered
-                            if base <= vaddr and vaddr + size <= base + length), None)
-                if own is None:
-                    self._register(vaddr, size, True)
-                    own = (vaddr, size)
+            if not any(window.start <= at and at + length <= window.start + window.size for window in self.windows):
+                raise error(errno.EINVAL, "map_dma", at, length, "no window has all of it: see iova_ranges()")
+            there = self._overlapping(self._mapped, at, length)
+            if any(start not in self._gone for start, _, _ in there):
+                raise error(errno.EEXIST, "map_dma", at, length, "something is mapped there")
+            covered = self._cover(at, source, length) if self.version == 2 else 0
             layout = abi.vfio_iommu_type1_dma_map
-            data = bytearray(layout.pack(argsz=layout.size, flags=prot, vaddr=vaddr, iova=iova, size=size))
             try:
-                self._aligned(self.ioctl(abi.VFIO_IOMMU_MAP_DMA, data, "map_dma"), "map_dma", iova, size)
-            except VfioError:
-                self._let_go(size, own)
+                data = bytearray(layout.pack(argsz=layout.size, flags=access, vaddr=source, iova=at, size=length))
+                self._aligned(self._call(abi.VFIO_IOMMU_MAP_DMA, data, "map_dma", at, length), "map_dma", at, length)
+            except BaseException:
+                self._release(source, covered)
                 raise
-            self._mapped[iova] = (size, own)
+            for start, _, _ in there:
+                self._mapped.remove(start)
+                self._gone.discard(start)
+            self._mapped.insert(at, length, source)
 
     def unmap_dma(self, iova: int, size: int) -> int:
         """Remove the mappings inside the range; EINVAL where one is cut."""
+        iova, size = _u64("unmap_dma", iova), _u64("unmap_dma", size)
+        if not size or iova + size > _END:
+            raise error(errno.EINVAL, "unmap_dma", iova, size, "the range is empty, or goes beyond 2**64 - 1")
         with self._lock:
-            inside = {at: length for at, (length, _) in self._mapped.items() if at < iova + size and iova < at + length}
-            if any(at < iova or at + length > iova + size for at, length in inside.items()):
+            inside = self._overlapping(self._mapped, iova, size)
+            if any(at < iova or at + length > iova + size for at, length, _ in inside):
                 raise error(errno.EINVAL, "unmap_dma", iova, size, "it would cut a mapping")
-            for at in sorted(inside):
-                layout = abi.vfio_iommu_type1_dma_unmap
-                data = bytearray(layout.pack(argsz=24, iova=at, size=inside[at])[:24])
-                self._aligned(self.ioctl(abi.VFIO_IOMMU_UNMAP_DMA, data, "unmap_dma"), "unmap_dma", at, inside[at])
-                self._let_go(*self._mapped.pop(at))
-            return sum(inside.values())
+            for at, length, vaddr in inside:
+                if at in self._gone:
+                    self._gone.discard(at)
+                else:
+                    layout = abi.vfio_iommu_type1_dma_unmap
+                    data = bytearray(layout.pack(argsz=24, iova=at, size=length)[:24])
+                    self._aligned(self._call(abi.VFIO_IOMMU_UNMAP_DMA, data, "unmap_dma", at, length), "unmap_dma",
+                                  at, length)
+                    self._release(vaddr, length)
+                self._mapped.remove(at)
+            return sum(length for _, length, _ in inside)
 
     def unmap_all(self) -> int:
         """Remove every mapping; return the bytes."""
         with self._lock:
-            return sum(self.unmap_dma(iova, size) for iova, (size, _) in list(self._mapped.items()))
+            return sum(self.unmap_dma(iova, size) for iova, size, _ in list(self._mapped))
+
+    @staticmethod
+    def _overlapping(ranges: RangeMap, start: int, size: int) -> list[tuple[int, int, int]]:
+        found, at = [], start
+        if ranges.overlaps(start, size):
+            while (entry := ranges.lower(at)) and entry[0] < start + size:
+                found.append(entry)
+                at = entry[0] + entry[1]
+                if at >= start + size:
+                    break
+        return found
+
+    def _cover(self, iova: int, vaddr: int, size: int) -> int:
+        """See that memory is registered, all of it, and count a mapping that leads there; return ``size``."""
+        at = vaddr
+        try:
+            while at < vaddr + size:
+                found = self._registered.lower(at)
+                if found is None or found[0] > at:
+                    length = (min(found[0], vaddr + size) if found else vaddr + size) - at
+                    layout = abi.vfio_iommu_spapr_register_memory
+                    self._register(bytearray(layout.pack(argsz=layout.size, vaddr=at, size=length)), "map_dma", iova,
+                                   size)
+                    self._own.add(at)
+                    found = (at, length, 0)
+                self._registered.set_value(found[0], found[2] + 1)
+                at = found[0] + found[1]
+        except BaseException:
+            self._release(vaddr, at - vaddr)
+            raise
+        return size
 
     @staticmethod
     def _aligned(result: int, operation: str, iova: int, size: int) -> None:
@@ -250,11 +323,14 @@ class SpaprContainer(Descriptor):
         if result:
             raise error(errno.EINVAL, operation, iova, size, "whole pages of its window, inside the window")
 
-    def _let_go(self, _: int, region: tuple[int, int] | None) -> None:
-        # What map_dma registered goes with the last mapping that leads there.
-        if region is not None and self._registered.get(region) and all(
-                region != other for _, other in self._mapped.values()):
-            self.unregister_memory(*region)
+    def _release(self, vaddr: int, size: int) -> None:
+        """A mapping is gone; what map_dma registered goes with the last one that leads there."""
+        if not size or self.version == 1:
+            return
+        for start, length, users in self._overlapping(self._registered, vaddr, size):
+            self._registered.set_value(start, users - 1)
+            if users == 1 and start in self._own:
+                self.unregister_memory(start, length)
 
     # ---- EEH
 
@@ -303,6 +379,13 @@ class SpaprContainer(Descriptor):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _u64(operation: str, value: int) -> int:
+    number = operator.index(value)
+    if not 0 <= number < _END:
+        raise error(errno.EINVAL, operation, hint=f"{number} is not within 0 ... 2**64 - 1")
+    return number
 
 
 def open(devices: Sequence[str], **options: Any) -> SpaprContainer:

@@ -33,6 +33,9 @@ class BackendConformance(LifecycleChecks, MappingChecks, RefusalChecks, LimitChe
     atomic_unmap : bool
         An unmap that is refused, because it would split a mapping, removes nothing.  False: those before it are gone,
         as with the container that iommufd emulates.  Default True.
+    maps_readable_memory : bool
+        Memory that the process can only read is mapped for devices that only read.  False where all memory must be
+        writable, as with SPAPR TCE version 2.  Default True.
 
     Notes
     -----

@@ -33,6 +33,7 @@ class Checks:
     charges_locked_memory = False
     exact_dirty = False
     atomic_unmap = True
+    maps_readable_memory = True
 
     def open_backend(self) -> Any:
         """Return a new backend; the one of the last call is closed by now."""

@@ -111,6 +111,9 @@ class RefusalChecks(Checks):
             vaddr = -(-readable.vaddr // rig.pgsize) * rig.pgsize
             for prot in (Prot.WRITE, Prot.RW):
                 rig.refused(errno.EFAULT, rig.backend.map_dma, rig.at(0), vaddr, rig.pgsize, prot)
+            if not self.maps_readable_memory:
+                rig.refused(errno.EFAULT, rig.backend.map_dma, rig.at(0), vaddr, rig.pgsize, Prot.READ)
+                return
             rig.backend.map_dma(rig.at(0), vaddr, rig.pgsize, Prot.READ)
             assert rig.backend.unmap_dma(rig.at(0), rig.pgsize) == rig.pgsize
 
