@@ -171,7 +171,7 @@ class SpaprContainer(Descriptor):
             raise
         except VfioError as exc:
             hint = exc.hint or _HINTS.get(exc.errno or 0, "")
-            raise error(exc.errno, operation, iova, size, hint) from None
+            raise error(exc.errno or errno.EIO, operation, iova, size, hint) from None
 
     def unregister_memory(self, vaddr: int, size: int) -> None:
         """Let registered memory go.
