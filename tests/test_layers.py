@@ -24,7 +24,7 @@ ALLOWED = {
     "sources": PLAIN | {"_core"},
     "backends": PLAIN | {"_core", "hostinfo", "kernel", "sources"},
     "address_space": MIDDLE | {"backends"},         # of backends only open_backend: see below
-    "memory": MIDDLE, "devices": MIDDLE, "nesting": PLAIN,
+    "memory": MIDDLE, "devices": MIDDLE, "nesting": PLAIN | {"_core"},
     "migration": MIDDLE | {"liveupdate"}, "liveupdate": MIDDLE | {"backends"},
     "serve": MIDDLE | {"backends"},
     "cli": MIDDLE | {"backends", "migration", "liveupdate", "serve", "testing"},

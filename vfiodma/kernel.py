@@ -40,7 +40,7 @@ class KernelVfio:
     Notes
     -----
     Holds nothing: descriptors belong to the caller.  Every call releases the GIL.  Source: open(2), ioctl(2), pread(2),
-    pwrite(2), mmap(2).
+    pwrite(2), read(2), write(2), mmap(2).
     """
 
     #: Typed ioctls need no detour through this object.
@@ -70,6 +70,20 @@ class KernelVfio:
             return os.pwrite(fd, data, offset)
         except OSError as exc:
             raise _typed(exc, "pwrite", f"file offset {offset:#x}") from None
+
+    def read(self, fd: int, size: int) -> bytes:
+        """Do read(2)."""
+        try:
+            return os.read(fd, size)
+        except OSError as exc:
+            raise _typed(exc, "read") from None
+
+    def write(self, fd: int, data: Any) -> int:
+        """Do write(2); return the bytes written."""
+        try:
+            return os.write(fd, data)
+        except OSError as exc:
+            raise _typed(exc, "write") from None
 
     def mmap(self, fd: int, size: int, offset: int, prot: int = Prot.RW) -> mmap.mmap:
         """Map registers, shared."""

@@ -4,17 +4,27 @@ The names are those that fit both interfaces that Linux has had: NESTING_OP of a
 SVA, which was never merged; ``SoftwareVfio("vsva")`` has it) and the nested page tables of iommufd.
 """
 import ctypes
+import errno
+import itertools
 import struct
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from ._core.errno import error
 from .protocols import VfioSystem
 from .uapi import iommu as abi
-from .uapi import vfio
+from .uapi import iommufd, vfio
+
+if TYPE_CHECKING:
+    from .backends.iommufd import FaultQueue as IommufdFaultQueue
+    from .backends.iommufd import Hwpt, Ioas, IommufdDevice, NestedHwpt
 
 _RECORDS_AT_ONCE = 64
+_ECAP_NEST = 26                 # bit of VT-d's extended capabilities
+_EVERYTHING = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -45,9 +55,10 @@ class Invalidation:
 
     Parameters
     ----------
-    pasid : int
+    pasid : int or None
+        None: the table of requests without a PASID (iommufd only).
     address : int or None
-        The first byte; None: every page of the PASID except global ones.
+        The first byte; None: every page of the PASID, except global ones (NESTING_OP).
     npages : int
         4 KiB pages.  Hardware drops the power of two of pages around ``address`` that this rounds up to: invalidate()
         splits a range so that it is dropped whole.
@@ -55,7 +66,7 @@ class Invalidation:
         Only leaf entries have changed.
     """
 
-    pasid: int
+    pasid: int | None
     address: int | None = None
     npages: int = 1
     leaf: bool = False
@@ -111,7 +122,7 @@ class PageRequest:
     """A page that a device asks for.
 
     All requests of a ``group`` are answered together, once the one with ``last`` has come.  ``perm``: 1 read, 2 write,
-    4 execute, 8 privileged.
+    4 execute, 8 privileged.  ``device``: its number in the iommufd, where a queue is of several devices.
     """
 
     group: int
@@ -120,6 +131,23 @@ class PageRequest:
     perm: int
     last: bool
     private_data: tuple[int, int] | None = None
+    device: int | None = None
+
+
+class GuestTables(Protocol):
+    """What NestedDomain and IommufdNestedDomain have in common: page tables of a guest, by PASID."""
+
+    def info(self) -> NestingInfo | None:
+        """Return what can be nested; None: nothing."""
+
+    def bind(self, pasid: int, table: GuestPageTable) -> None:
+        """Bind a page table to a PASID; EBUSY if it has one."""
+
+    def unbind(self, pasid: int) -> None:
+        """Forget the table of a PASID and what is cached of it; no effect without one."""
+
+    def invalidate(self, entries: Sequence[Invalidation]) -> None:
+        """Drop cached translations."""
 
 
 def _pieces(address: int, npages: int) -> Iterable[tuple[int, int]]:
@@ -213,13 +241,13 @@ class NestedDomain:
         """Drop cached translations.  The kernel reports no mistake in them."""
         for entry in entries:
             if entry.address is None:
-                body = abi.iommu_inv_pasid_info.pack(flags=abi.IOMMU_INV_PASID_FLAGS_PASID, pasid=entry.pasid)
+                body = abi.iommu_inv_pasid_info.pack(flags=abi.IOMMU_INV_PASID_FLAGS_PASID, pasid=entry.pasid or 0)
                 self._invalidate(abi.IOMMU_INV_GRANU_PASID, body)
                 continue
             flags = abi.IOMMU_INV_ADDR_FLAGS_PASID | (abi.IOMMU_INV_ADDR_FLAGS_LEAF if entry.leaf else 0)
             for address, npages in _pieces(entry.address, entry.npages):
                 self._invalidate(abi.IOMMU_INV_GRANU_ADDR, abi.iommu_inv_addr_info.pack(
-                    flags=flags, pasid=entry.pasid, addr=address, granule_size=4096, nb_granules=npages))
+                    flags=flags, pasid=entry.pasid or 0, addr=address, granule_size=4096, nb_granules=npages))
 
     def _invalidate(self, granularity: int, body: bytes) -> None:
         head = abi.iommu_cache_invalidate_info.pack(
@@ -294,3 +322,210 @@ def _parse(raw: bytes) -> UnrecoverableFault | PageRequest:
     fetched = event["flags"] & abi.IOMMU_FAULT_UNRECOV_FETCH_ADDR_VALID
     return UnrecoverableFault(FaultReason(event["reason"]), event["pasid"], event["addr"], event["perm"],
                               event["fetch_addr"] if fetched else None)
+
+
+# ---- the form of iommufd
+
+class IommufdNestedDomain:
+    """Devices of an iommufd with page tables of a guest: the methods of NestedDomain, over nested page tables.
+
+    The devices are attached to a table of the address space first, with which requests go that have no PASID.
+
+    Parameters
+    ----------
+    devices : sequence of IommufdDevice
+        At least one; all behind one IOMMU.  They stay the caller's.
+    ioas : Ioas
+        What the guest's physical addresses map to.
+    fault_queue : iommufd.FaultQueue, optional
+        Where the devices ask for missing pages.  It must be closed after the domain.
+    dirty_tracking : bool
+        ``parent`` notes what is written, also through the guest's tables.
+    pasids : bool
+        Tables can be bound to PASIDs (Linux 6.15).  False: only to requests without a PASID.
+
+    Attributes
+    ----------
+    parent : Hwpt
+        The second stage.
+
+    Raises
+    ------
+    UnsupportedError
+        EOPNOTSUPP: the IOMMU can't nest, or the kernel has no PASIDs for user space.
+
+    Notes
+    -----
+    Source: IOMMU_HWPT_ALLOC with IOMMU_HWPT_ALLOC_NEST_PARENT and IOMMU_HWPT_DATA_VTD_S1;
+    VFIO_DEVICE_ATTACH_IOMMUFD_PT.
+    """
+
+    def __init__(self, devices: "Sequence[IommufdDevice]", ioas: "Ioas", *, fault_queue: "PageFaults | None" = None,
+                 dirty_tracking: bool = False, pasids: bool = True) -> None:
+        self._devices = tuple(devices)
+        if not self._devices:
+            raise error(errno.EINVAL, "nested_domain", hint="name at least one device")
+        self._pasids = pasids
+        self._queue = fault_queue
+        self._tables: dict[int | None, NestedHwpt] = {}
+        self._lock = threading.Lock()
+        self.parent = ioas.iommufd.alloc_hwpt(ioas, self._devices[0].id, nest_parent=True, pasids=pasids,
+                                              dirty_tracking=dirty_tracking)
+        try:
+            self._attach(self.parent, None)
+        except BaseException:
+            self.parent.destroy()
+            raise
+
+    def info(self) -> NestingInfo | None:
+        """Return what can be nested; None: nothing, or not in VT-d's format.  Source: IOMMU_GET_HW_INFO."""
+        found = self._devices[0].hw_info()
+        if found.type != iommufd.IOMMU_HW_INFO_TYPE_INTEL_VTD:
+            return None
+        registers = iommufd.iommu_hw_info_vtd.unpack(found.data[:iommufd.iommu_hw_info_vtd.size])
+        cap, ecap = registers["cap_reg"], registers["ecap_reg"]
+        if not ecap >> _ECAP_NEST & 1:
+            return None
+        return NestingInfo(abi.IOMMU_PASID_FORMAT_INTEL_VTD,
+                           abi.IOMMU_NESTING_FEAT_BIND_PGTBL | abi.IOMMU_NESTING_FEAT_CACHE_INVLD,
+                           (cap >> 16 & 63) + 1, found.max_pasid_log2, cap, ecap)
+
+    def _attach(self, table: "Hwpt | NestedHwpt", pasid: int | None) -> None:
+        """Attach all devices, or leave them as they were."""
+        done = []
+        try:
+            for device in self._devices:
+                device.attach(table, pasid)
+                done.append(device)
+        except BaseException:
+            for device in done:
+                if table is self.parent:
+                    device.detach()
+                else:
+                    self._leave(device, pasid)
+            raise
+
+    def _leave(self, device: "IommufdDevice", pasid: int | None) -> None:
+        if pasid is None:
+            device.attach(self.parent)
+        else:
+            device.detach(pasid)
+
+    def bind(self, pasid: int | None, table: GuestPageTable) -> None:
+        """Bind a page table to a PASID, or (None) to requests without one, of every device.
+
+        Parameters
+        ----------
+        pasid : int or None
+            Any number that the devices have: nobody allocates it.
+        table : GuestPageTable
+
+        Raises
+        ------
+        BusyError
+            EBUSY: it has one, which stays.
+        InvalidArgumentError
+            EINVAL: a PASID or a width that the IOMMU does not have.  A wrong root shows as faults.
+        VfioError
+            ENODEV: there is a fault queue, and a device can't ask for pages.
+        """
+        with self._lock:
+            if pasid in self._tables:
+                raise error(errno.EBUSY, "bind", hint=f"PASID {pasid} has a page table: unbind it first")
+            made = self.parent.nested(self._devices[0].id, table.root, address_width=table.address_width,
+                                      supervisor=table.supervisor, extended_accessed=table.extended_accessed,
+                                      pasids=self._pasids, fault_queue=self._queue.queue if self._queue else None)
+            try:
+                self._attach(made, pasid)
+            except BaseException:
+                made.destroy()
+                raise
+            self._tables[pasid] = made
+
+    def unbind(self, pasid: int | None) -> None:
+        """Forget the table of a PASID and what is cached of it; no effect without one.  Its requests are invalid."""
+        with self._lock:
+            table = self._tables.get(pasid)
+            if table is None:
+                return
+            for device in self._devices:
+                if device.fd >= 0:
+                    self._leave(device, pasid)
+            table.destroy()
+            del self._tables[pasid]
+
+    def invalidate(self, entries: Sequence[Invalidation]) -> None:
+        """Drop cached translations: neighbours of one PASID with one ioctl, in order.  No effect without a table.
+
+        Raises
+        ------
+        InvalidArgumentError
+            EINVAL: an address is no multiple of 4096; the entries before it are done.
+        """
+        for pasid, group in itertools.groupby(entries, lambda entry: entry.pasid):
+            table = self._tables.get(pasid)
+            if table is not None:
+                table.invalidate([(0, _EVERYTHING, entry.leaf) if entry.address is None
+                                  else (entry.address, entry.npages, entry.leaf) for entry in group])
+
+    def close(self) -> None:
+        """Unbind every table, detach the devices and destroy the second stage.  Idempotent."""
+        for pasid in tuple(self._tables):
+            self.unbind(pasid)
+        if self.parent.id:
+            for device in self._devices:
+                if device.fd >= 0:
+                    device.detach()
+            self.parent.destroy()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PageFaults:
+    """The page requests of iommufd's devices: the methods of FaultQueue, over a fault queue of iommufd.
+
+    Faults that nobody can repair are not told: the kernel only prints them.
+
+    Parameters
+    ----------
+    queue : iommufd.FaultQueue
+        It belongs to this object from now on.
+    """
+
+    def __init__(self, queue: "IommufdFaultQueue") -> None:
+        self.queue = queue
+
+    def fileno(self) -> int:
+        """Return the descriptor; -1 when closed."""
+        return self.queue.fileno()
+
+    def read(self) -> list[PageRequest]:
+        """Take what waits, oldest first; an empty list when nothing does.  ``group`` is the kernel's cookie."""
+        return [PageRequest(fault.cookie, fault.pasid, fault.address, fault.perm, fault.last, device=fault.dev_id)
+                for fault in self.queue.read()]
+
+    def respond(self, request: PageRequest, code: PageResponse = PageResponse.SUCCESS) -> None:
+        """Answer the whole group of a request.
+
+        Raises
+        ------
+        InvalidArgumentError
+            EINVAL: the group does not wait, or the code is FAILURE, which iommufd does not have.
+        """
+        if code == PageResponse.FAILURE:
+            raise error(errno.EINVAL, "respond", hint="iommufd knows SUCCESS and INVALID; detach the device to stop it")
+        self.queue.respond([(request.group, code == PageResponse.SUCCESS)])
+
+    def close(self) -> None:
+        """Close the queue, after the domain that uses it.  Idempotent."""
+        self.queue.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

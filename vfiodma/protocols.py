@@ -114,6 +114,12 @@ class VfioSystem(Protocol):
     def pwrite(self, fd: int, data: Any, offset: int) -> int:
         """Write a device's registers; return the bytes written."""
 
+    def read(self, fd: int, size: int) -> bytes:
+        """Read what has no positions: migration data, page faults."""
+
+    def write(self, fd: int, data: Any) -> int:
+        """Write what has no positions; return the bytes taken."""
+
     def mmap(self, fd: int, size: int, offset: int, prot: int = 3) -> Any:
         """Map a device's registers; return a buffer of ``size`` bytes (Prot bits: readable, writable)."""
 

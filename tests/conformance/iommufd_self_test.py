@@ -4,29 +4,35 @@ import struct
 from vfiodma._core.ioas_context import IommufdDevice
 from vfiodma._core.memory import read_memory, write_memory
 from vfiodma._core.type1 import IommuGroup
+from vfiodma.backends.software.page_requests import Group
 from vfiodma.uapi import iommufd as abi
 
 IOMMU_TEST = 0x3BA0
-MOCK_DOMAIN, MOCK_DOMAIN_REPLACE, DIRTY = 2, 10, 13
+MOCK_DOMAIN, MOCK_DOMAIN_REPLACE, DIRTY, TRIGGER_IOPF = 2, 10, 13, 15
 PAGE = 2048
 APERTURE = (0x1000000, 0x7FFFFFFF)
 HW_INFO_SELFTEST = 0xFEEDBEEF
 
 
 class SelfTest:
-    """IOMMU_TEST commands that recorded scenarios use: mock devices, and dirty bits set by hand."""
+    """IOMMU_TEST commands that tests use: mock devices, dirty bits set by hand, page requests."""
 
     def __init__(self, kernel):
         self.newest = kernel == "7.2"
+        self.iommufds = {}
         self.mocks = {}                 # (context, id of the self-test object) -> its device
 
-    def ioctl(self, context, request, arg):
+    def ioctl(self, iommufd, request, arg):
         """Do a request that concerns mock devices; None if it is another one."""
+        context = iommufd.context
         if request == abi.IOMMU_DESTROY:
             return self.destroy(context, arg)
         if request != IOMMU_TEST:
             return None
         size, op, number = struct.unpack("=III", read_memory(arg, 12))
+        if op == TRIGGER_IOPF:
+            return self.trigger_iopf(iommufd, *struct.unpack("=4IQ", read_memory(arg + 16, 24)))
+        self.iommufds[context] = iommufd
         do = {MOCK_DOMAIN: self.mock_domain, MOCK_DOMAIN_REPLACE: self.replace, DIRTY: self.dirty}[op]
         return do(context, number, arg)
 
@@ -57,7 +63,14 @@ class SelfTest:
 
     def replace(self, context, number, arg):
         table = self.mocks[context, number].attach(int.from_bytes(read_memory(arg + 16, 4), "little"))
+        self.iommufds[context].drop_requests()
         write_memory(arg + 16, struct.pack("=I", table))
+        return 0
+
+    def trigger_iopf(self, iommufd, device, pasid, number, perm, address):
+        path = next(path for path in self.mocks.values() if path.id == device)
+        queue, serial = path.fault_queue(0)
+        iommufd.queues[queue].put(Group(path, pasid, number, [(address, perm)], serial, 0))
         return 0
 
     def dirty(self, context, table, arg):

@@ -41,7 +41,7 @@ class SoftwareTarget:
     def ioctl(self, handle, request, arg):
         file = self.vfio._files.get(handle)
         if isinstance(file, IommufdFile):
-            answer = self.self_test.ioctl(file.context, request, arg)
+            answer = self.self_test.ioctl(file, request, arg)
             if answer is not None:
                 return answer
         return self.vfio.ioctl(handle, request, arg)

@@ -365,7 +365,7 @@ cdef int vfio_ioas(context_t *c, void *data, bint *respond) noexcept nogil:
 cdef int alloc_hwpt(context_t *c, void *data, bint *respond) noexcept nogil:
     cdef hwpt_alloc_args *args = <hwpt_alloc_args *> data
     cdef hwpt_arguments wanted
-    if args.reserved or args.reserved2:
+    if args.reserved:                   # the kernel does not look at __reserved2
         return -EOPNOTSUPP
     wanted.flags = args.flags
     wanted.device = args.dev_id

@@ -44,7 +44,6 @@ cdef extern from "uapi/iommufd.h" nogil:
         uint32_t data_type, data_len
         uint64_t data_uptr
         uint32_t fault_id
-        uint32_t reserved2 "__reserved2"
     ctypedef struct vtd_s1_data "struct uapi_iommu_hwpt_vtd_s1":
         uint64_t flags, pgtbl_addr
         uint32_t addr_width

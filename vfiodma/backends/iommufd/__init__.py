@@ -2,10 +2,12 @@
 from .container import IommufdContainer
 from .context import HwInfo, Iommufd
 from .device import IommufdDevice
-from .hwpt import Hwpt, HwptSource
+from .hwpt import Hwpt, HwptSource, NestedHwpt
 from .ioas import Ioas
+from .page_faults import FaultQueue, PageFault
 
-__all__ = ["HwInfo", "Hwpt", "HwptSource", "Ioas", "Iommufd", "IommufdContainer", "IommufdDevice", "adopt", "open"]
+__all__ = ["FaultQueue", "HwInfo", "Hwpt", "HwptSource", "Ioas", "Iommufd", "IommufdContainer", "IommufdDevice",
+           "NestedHwpt", "PageFault", "adopt", "open"]
 
 open = IommufdContainer
 adopt = IommufdContainer.adopt

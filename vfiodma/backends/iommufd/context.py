@@ -16,6 +16,7 @@ from ...uapi.layout import Layout
 from .device import IommufdDevice
 from .hwpt import Hwpt
 from .ioas import Ioas
+from .page_faults import FaultQueue
 
 NODE = "/dev/iommu"
 
@@ -102,7 +103,12 @@ class Iommufd(Descriptor):
         answer = self.command(abi.IOMMU_IOAS_ALLOC, abi.iommu_ioas_alloc, "ioas_alloc")
         return Ioas(self, answer["out_ioas_id"])
 
-    def alloc_hwpt(self, ioas: Ioas, dev_id: int, *, dirty_tracking: bool = False, nest_parent: bool = False) -> Hwpt:
+    def alloc_fault_queue(self) -> FaultQueue:
+        """Make a queue in which devices ask for missing pages (Linux 6.11): give it to page tables as they are made."""
+        return FaultQueue(self)
+
+    def alloc_hwpt(self, ioas: Ioas, dev_id: int, *, dirty_tracking: bool = False, nest_parent: bool = False,
+                   pasids: bool = False) -> Hwpt:
         """Make a hardware page table of an address space, for the IOMMU in front of a device.
 
         It maps all that the address space maps, from now on; nothing needs to be attached.
@@ -115,7 +121,9 @@ class Iommufd(Descriptor):
         dirty_tracking : bool
             It is to note what devices write.
         nest_parent : bool
-            Page tables of guests may be put on top.
+            Page tables of guests may be put on top: ``Hwpt.nested``.
+        pasids : bool
+            It can be attached to PASIDs, or to a device that has PASIDs attached elsewhere (Linux 6.15).
 
         Raises
         ------
@@ -123,7 +131,7 @@ class Iommufd(Descriptor):
             EOPNOTSUPP: the IOMMU has no such thing.
         """
         flags = (abi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING if dirty_tracking else 0) | (
-            abi.IOMMU_HWPT_ALLOC_NEST_PARENT if nest_parent else 0)
+            abi.IOMMU_HWPT_ALLOC_NEST_PARENT if nest_parent else 0) | (abi.IOMMU_HWPT_ALLOC_PASID if pasids else 0)
         answer = self.command(abi.IOMMU_HWPT_ALLOC, abi.iommu_hwpt_alloc, "hwpt_alloc", flags=flags, dev_id=dev_id,
                               pt_id=ioas.id)
         hwpt = Hwpt(ioas, answer["out_hwpt_id"])
@@ -279,7 +287,11 @@ _HINTS = {
     (errno.EBUSY, "option"): "set it before any object is made",
     (errno.EPERM, "option"): "it needs CAP_SYS_RESOURCE",
     (errno.EINVAL, "option"): "large pages are switched off before anything is mapped for a device",
-    (errno.EOPNOTSUPP, "hwpt_alloc"): "the IOMMU has no dirty tracking or nesting: see hw_info()",
+    (errno.EOPNOTSUPP, "hwpt_alloc"): "the IOMMU has no dirty tracking, nesting or PASIDs: see hw_info()",
+    (errno.EINVAL, "hwpt_nested"): "the table below it was not allocated with nest_parent=True, or for another IOMMU",
+    (errno.ENOENT, "hwpt_nested"): "the fault queue is closed, or the device gone",
+    (errno.EOPNOTSUPP, "hwpt_nested"): "the IOMMU or this kernel can't nest tables in VT-d's format: see hw_info()",
+    (errno.EINVAL, "hwpt_invalidate"): "addresses are multiples of 4096",
     (errno.EADDRINUSE, "hwpt_alloc"): "a mapping or an allowed range lies where the IOMMU does not reach",
     (errno.EOPNOTSUPP, "set_dirty_tracking"): "allocate the page table with dirty_tracking=True",
     (errno.EINVAL, "change_process"): "every mapping must be made by map_file",

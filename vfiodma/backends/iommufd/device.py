@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..._core.kernel import Descriptor
 from ...errors import VfioError
 from ...uapi import vfio as abi
-from .hwpt import Hwpt
+from .hwpt import Hwpt, NestedHwpt
 from .ioas import Ioas
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _BIND = abi.vfio_device_bind_iommufd.at("6.12")
 _ATTACH = abi.vfio_device_attach_iommufd_pt.at("6.12")
 _DETACH = abi.vfio_device_detach_iommufd_pt.at("6.12")
+_ATTACH_PASID, _DETACH_PASID = abi.vfio_device_attach_iommufd_pt, abi.vfio_device_detach_iommufd_pt
 
 
 class IommufdDevice(Descriptor):
@@ -61,15 +62,18 @@ class IommufdDevice(Descriptor):
         """Ask for the IOMMU in front of the device."""
         return self.iommufd.hw_info(self.id)
 
-    def attach(self, table: Ioas | Hwpt) -> int:
+    def attach(self, table: Ioas | Hwpt | NestedHwpt, pasid: int | None = None) -> int:
         """Let the device reach what an address space maps; return the number of the page table in use.
 
         An attached device changes over at once, without a moment in which it reaches nothing.
 
         Parameters
         ----------
-        table : Ioas or Hwpt
+        table : Ioas, Hwpt or NestedHwpt
             With an address space the kernel finds or makes a page table.
+        pasid : int, optional
+            Attach, or move, only requests with this PASID (Linux 6.15).  Numbers are the caller's choice; tables must
+            be allocated with ``pasids=True``, also the one of requests without a PASID.
 
         Raises
         ------
@@ -78,13 +82,22 @@ class IommufdDevice(Descriptor):
             of its page size; EINVAL: the page table is not for this IOMMU, or another device of the group is
             attached elsewhere; EFAULT, ENOMEM: what is mapped can't be pinned.  The device stays as it was.
         """
-        data = bytearray(_ATTACH.pack(argsz=_ATTACH.size, pt_id=table.id))
+        if pasid is None:
+            data = bytearray(_ATTACH.pack(argsz=_ATTACH.size, pt_id=table.id))
+        else:
+            data = bytearray(_ATTACH_PASID.pack(argsz=_ATTACH_PASID.size, pt_id=table.id, pasid=pasid,
+                                                flags=abi.VFIO_DEVICE_ATTACH_PASID))
         self.ioctl(abi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, data, "attach")
-        return _ATTACH.unpack(data)["pt_id"]
+        return _ATTACH.unpack(data[:_ATTACH.size])["pt_id"]
 
-    def detach(self) -> None:
-        """Take everything out of the device's reach; no effect when it is not attached."""
-        self.ioctl(abi.VFIO_DEVICE_DETACH_IOMMUFD_PT, bytearray(_DETACH.pack(argsz=_DETACH.size)), "detach")
+    def detach(self, pasid: int | None = None) -> None:
+        """Take everything, or what a PASID reaches, out of the device's reach; no effect when it is not attached."""
+        if pasid is None:
+            data = bytearray(_DETACH.pack(argsz=_DETACH.size))
+        else:
+            data = bytearray(_DETACH_PASID.pack(argsz=_DETACH_PASID.size, pasid=pasid,
+                                                flags=abi.VFIO_DEVICE_DETACH_PASID))
+        self.ioctl(abi.VFIO_DEVICE_DETACH_IOMMUFD_PT, data, "detach")
 
     def dup(self) -> int:
         """Return another descriptor of the device, which the caller closes with ``system.close``."""
@@ -120,8 +133,10 @@ _HINTS = {
                            "iommufd with allow_unsafe_interrupts=1",
     (errno.EADDRINUSE, "attach"): "a mapping or an allowed range lies where the device does not reach (see "
                                   "iova_ranges()): attach before mapping, or restrict with allow_iovas()",
-    (errno.EINVAL, "attach"): "the page table is not for the IOMMU of this device, or another device of its group is "
-                              "attached to another one",
+    (errno.EINVAL, "attach"): "the page table is not for the IOMMU of this device, another device of its group is "
+                              "attached to another one, PASIDs need tables with pasids=True, or a guest's table is of "
+                              "a width or has flags that the IOMMU lacks",
+    (errno.ENODEV, "attach"): "the page table has a fault queue, and the device can't ask for pages (PRI)",
     (errno.EFAULT, "attach"): "a mapping is of memory that the process does not have, or not with that permission",
     (errno.ENOMEM, "attach"): "what is mapped exceeds the limit of locked memory (RLIMIT_MEMLOCK): raise it with "
                               "'ulimit -l', or run with CAP_IPC_LOCK",

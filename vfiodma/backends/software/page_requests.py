@@ -8,21 +8,25 @@ from ..._core.errno import error
 from ...uapi import iommufd as abi
 
 
-class _Group:
-    """The requests of one device that are answered together."""
+class Group:
+    """Requests of one device that are answered together: (address, perm), the last of them ends the group.
 
-    def __init__(self, path, pasid, number, requests, serial):
+    ``table_pasid`` says whose page table they came through, ``serial`` which attachment of it that was.
+    """
+
+    def __init__(self, path, pasid, number, requests, serial, table_pasid):
         self.path = path
         self.pasid = pasid
         self.number = number
-        self.requests = requests        # (address, perm), the last one ends the group
-        self.serial = serial            # of the device's attachment
+        self.requests = requests
+        self.serial = serial
+        self.table_pasid = table_pasid
         self.code = None
 
     def gone(self):
         """Whether the device has left the page table that it asked through."""
         try:
-            return self.path.fault_queue(self.pasid)[1] != self.serial
+            return self.path.fault_queue(self.table_pasid)[1] != self.serial
         except OSError:
             return True
 
@@ -53,15 +57,19 @@ class FaultQueueFile:
 
     # ---- the devices' side
 
-    def ask(self, group, timeout):
-        """Put a group into the queue; return its answer, None when the device has waited long enough for it.
+    def put(self, group):
+        """Put a group into the queue."""
+        with self._changed:
+            self._keep([*self._waiting, group])
+            self._drop_gone()                   # the device may have left since it looked
+
+    def answer(self, group, timeout):
+        """Wait for the answer to a group; None when the device has waited long enough.
 
         The group stays: the kernel does not know that nobody waits any more.
         """
         end = time.monotonic() + timeout
         with self._changed:
-            self._keep([*self._waiting, group])
-            self._drop_gone()                   # it may have left since it looked
             while group.code is None and (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
             return group.code
@@ -111,7 +119,7 @@ class FaultQueueFile:
                 self._read[cookie] = group
                 taken += group.records(cookie)
                 self._keep(self._waiting[1:])
-            if not taken and self._waiting and self.iommufd.context.kernel != "6.12" and size:
+            if not taken and self._waiting:
                 raise error(errno.EINVAL, "fault_queue_read", size=size,
                             hint=f"the first group has {len(self._waiting[0].requests)} faults")
         return b"".join(taken)
@@ -164,8 +172,10 @@ class PageRequester:
         if queue is None:
             return False
         self._groups += 1
-        group = _Group(self._path, pasid, self._groups % 512, [(address, perm) for address in addresses], serial)
-        return queue.ask(group, self._timeout) == abi.IOMMUFD_PAGE_RESP_SUCCESS
+        group = Group(self._path, pasid, self._groups % 512, [(address, perm) for address in addresses], serial,
+                      pasid)
+        queue.put(group)
+        return queue.answer(group, self._timeout) == abi.IOMMUFD_PAGE_RESP_SUCCESS
 
     def unrecoverable(self, reason, pasid, perm, addr, fetch_addr):
         """The kernel prints such a fault; nobody else is told."""
