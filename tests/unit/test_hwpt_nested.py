@@ -430,6 +430,16 @@ def test_cookies_are_the_lowest_free_numbers_and_a_bad_answer_stops(asking):
     assert [access.result() for access in accesses] == ["fault"] * 4
 
 
+def test_an_answer_with_cookie_0_makes_it_a_cookie(asking):
+    for expected in (1, 0):
+        refused(errno.EINVAL, asking.answer, asking.events, (0, 0))
+        access = Access(asking)
+        wait_readable(asking.events)
+        assert faults(asking, asking.events)[0]["cookie"] == expected
+        asking.answer(asking.events, (expected, 1))
+        assert access.result() == "fault"
+
+
 def test_sizes_that_are_no_multiples(asking):
     for size in (1, 20, 41, 79):
         refused(errno.ESPIPE, asking.vfio.read, asking.events, size)

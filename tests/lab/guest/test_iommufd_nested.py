@@ -156,6 +156,7 @@ def play_mock(player, memory):
 
     for size in (0, 1, 20, 39, 41, 40):
         player.read(events, size)
+    player.write(events, bytes(8))      # cookie 0, before any was given
     for i in range(4):
         request(5 + i, 2 + i, 0xDEAD0000 + 4096 * i)
     player.readable(events)

@@ -1,5 +1,6 @@
 """Fault queues of iommufd: the pages that devices ask for, in groups, and the answers that they wait for."""
 import errno
+import itertools
 import os
 import threading
 import time
@@ -53,6 +54,8 @@ class FaultQueueFile:
         self._open = True
         self._waiting = []              # groups that nobody has read
         self._read = {}                 # cookie -> group
+        self._delivered = False
+        self._lowest_cookie = 1
         self._changed = threading.Condition()
 
     # ---- the devices' side
@@ -115,8 +118,9 @@ class FaultQueueFile:
         with self._changed:
             while self._waiting and len(self._waiting[0].requests) <= size // self._FAULT - len(taken):
                 group = self._waiting[0]
-                cookie = next(cookie for cookie in range(1, len(self._read) + 2) if cookie not in self._read)
+                cookie = next(filter(lambda cookie: cookie not in self._read, itertools.count(self._lowest_cookie)))
                 self._read[cookie] = group
+                self._delivered = True
                 taken += group.records(cookie)
                 self._keep(self._waiting[1:])
             if not taken and self._waiting:
@@ -135,6 +139,8 @@ class FaultQueueFile:
                 known = response["code"] in (abi.IOMMUFD_PAGE_RESP_SUCCESS, abi.IOMMUFD_PAGE_RESP_INVALID)
                 group = self._read.pop(response["cookie"], None) if known else None
                 if group is None:
+                    if known and response["cookie"] == 0 and self._delivered:
+                        self._lowest_cookie = 0     # an answer to nobody, which frees the number in the kernel's table
                     if at:
                         return at
                     raise error(errno.EINVAL, "fault_queue_write", hint="no group with this cookie waits for a response"
