@@ -1,9 +1,11 @@
 """What ends with a page table: the page requests that wait for it; and what a walk's flags leave in dirty logs."""
 import ctypes
 import errno
+import random
 import select
 import struct
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -155,3 +157,46 @@ def test_free_of_a_pasid_leaves_devices_of_an_iommufd_alone():
     vfio.pasids.free(vfio.pasids.allocate())
     vfio.close(device)
     vfio.close(iommufd)
+
+
+def test_accesses_answers_and_binds_beside_each_other_all_end(rig):
+    for page in range(1, 8):
+        rig.entry(4, page, 0)
+    over, outcomes = threading.Event(), []
+
+    def device(pasid, seed):
+        source = random.Random(seed)
+        while not over.is_set():
+            try:
+                rig.port.read(source.randrange(1, 8) * PAGE, 4, pasid=pasid)
+            except OSError as exc:
+                outcomes.append(exc.errno)
+
+    def guest():
+        source = random.Random(0)
+        while not over.is_set() or any(thread.is_alive() for thread in threads[:-1]):
+            select.select([rig.fd_faults], [], [], 0.01)
+            raw = rig.vfio.read(rig.fd_faults, 64 * 64)
+            for at in range(0, len(raw), 64):
+                if struct.unpack_from("=I", raw, at)[0] == iommu.IOMMU_FAULT_PAGE_REQ:
+                    request = iommu.iommu_fault_page_request.unpack(raw[at + 8:at + 48])
+                    try:
+                        rig.vfio.write(rig.fd_faults, iommu.iommu_page_response.pack(
+                            argsz=24, version=1, flags=1, pasid=request["pasid"], grpid=request["grpid"],
+                            code=source.choice([iommu.IOMMU_PAGE_RESP_SUCCESS, iommu.IOMMU_PAGE_RESP_INVALID])))
+                    except OSError as exc:
+                        assert exc.errno == errno.EINVAL            # its table was taken away meanwhile
+
+    threads = [*(threading.Thread(target=device, args=(1 + number % 2, number)) for number in range(4)),
+               threading.Thread(target=guest)]
+    for thread in threads:
+        thread.start()
+    for number in range(60):
+        rig.bind(1, hpasid=1 + number % 2)
+        rig.bind(hpasid=1 + number % 2)
+        time.sleep(0.002)
+    over.set()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert set(outcomes) <= {errno.EFAULT}
