@@ -230,6 +230,39 @@ def test_set_irqs_does_what_the_oracle_does(kernel, calls):
             os.close(fd)
 
 
+#: What is enabled before the call, as calls that get there.
+BEFORE = {"nothing": [], "INTx": [(EVENTFD | TRIGGER, INTX, 0, 1)], "MSI": [(EVENTFD | TRIGGER, MSI, 0, 2)],
+          "MSI-X": [(EVENTFD | TRIGGER, MSIX, 0, 4)], "ERR and REQ": [(EVENTFD | TRIGGER, ERR, 0, 1),
+                                                                     (EVENTFD | TRIGGER, REQ, 0, 1)]}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("kernel", ["6.1", "7.2"])
+def test_every_data_action_index_start_and_count_is_answered_as_the_oracle_does(kernel, before):
+    eventfd = os.eventfd(0, os.EFD_NONBLOCK)
+    for index in range(6):
+        have = COUNTS[index] if index < 5 else 1
+        ranges = {(start, count) for start in (0, 1, have - 1, have) for count in (0, 1, 2, have, have + 1)}
+        for flags in range(128):
+            # What succeeded has changed the state: a new device for each kind of call, its ranges in one order.
+            oracle = Oracle(kernel)
+            with opened(Card(irqs=COUNTS, msix_table=(3, 0, 0x60), flags={3: 7}), kernel=kernel) as device:
+                for step in BEFORE[before]:
+                    assert oracle.set(*step, ["a"] * 6) == 0
+                    device.set_irqs(*step, word(*[eventfd] * step[3]))
+                for start, count in sorted(ranges):
+                    values = ["a"] * 12 if flags & EVENTFD else [1, 0] * 6
+                    data = word(*[eventfd] * count) if flags & EVENTFD else bytes([1, 0] * 6)[:count]
+                    expected = oracle.set(flags, index, start, count, values)
+                    try:
+                        device.set_irqs(flags, index, start, count, data)
+                        result = 0
+                    except VfioError as exc:
+                        result = exc.errno
+                    assert result == expected, (flags, index, start, count)
+    os.close(eventfd)
+
+
 # ---- arguments
 
 @pytest.mark.parametrize("start, count", [(0, 0xFFFFFFFF), (0xFFFFFFFF, 0), (0xFFFFFFFE, 1), (1, 0xFFFFFFFE)])

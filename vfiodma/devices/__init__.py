@@ -5,6 +5,7 @@ _HOME = {
     "VfioDevice": "pci", "DeviceFlags": "pci", "DeviceInfo": "pci",
     "Region": "regions", "RegionFlags": "regions", "MappedRegion": "regions",
     "IrqIndex": "interrupts", "IrqFlags": "interrupts", "Vectors": "interrupts",
+    "CcwIrq": "interrupts", "ApIrq": "interrupts",
     "Feature": "features", "FeatureOps": "features",
     "MigrationState": "migration", "MigrationFlags": "migration", "MigrationData": "migration",
     "Edid": "edid", "DeviceWithRegions": "model_regions", "ModelRegion": "model_regions", "EdidRegion": "model_regions",

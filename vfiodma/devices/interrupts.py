@@ -24,13 +24,34 @@ _TRIGGER = abi.VFIO_IRQ_SET_ACTION_TRIGGER
 
 
 class IrqIndex(enum.IntEnum):
-    """The interrupt types of a PCI device."""
+    """The interrupt types of a PCI device; other buses have CcwIrq, ApIrq, or numbers of the device's own."""
 
     INTX = abi.VFIO_PCI_INTX_IRQ_INDEX      #: the wire; masked by the kernel whenever it fires
     MSI = abi.VFIO_PCI_MSI_IRQ_INDEX
     MSIX = abi.VFIO_PCI_MSIX_IRQ_INDEX
     ERR = abi.VFIO_PCI_ERR_IRQ_INDEX        #: an uncorrectable PCI Express error
     REQ = abi.VFIO_PCI_REQ_IRQ_INDEX        #: the host wants the device back: close it soon
+
+
+class CcwIrq(enum.IntEnum):
+    """The interrupt types of a subchannel (channel I/O)."""
+
+    IO = abi.VFIO_CCW_IO_IRQ_INDEX
+    CRW = abi.VFIO_CCW_CRW_IRQ_INDEX        #: report words wait in their region
+    REQ = abi.VFIO_CCW_REQ_IRQ_INDEX        #: the host wants the device back
+
+
+class ApIrq(enum.IntEnum):
+    """The interrupt types of a matrix of crypto adapters."""
+
+    REQ = abi.VFIO_AP_REQ_IRQ_INDEX         #: the host wants the device back
+    CFG_CHG = abi.VFIO_AP_CFG_CHG_IRQ_INDEX     #: adapters or domains came or went
+
+
+_KINDS: tuple[tuple[int, type[enum.IntEnum]], ...] = (
+    (abi.VFIO_DEVICE_FLAGS_PCI, IrqIndex), (abi.VFIO_DEVICE_FLAGS_CCW, CcwIrq), (abi.VFIO_DEVICE_FLAGS_AP, ApIrq))
+#: Buses where no data means a signal whatever the count is: only the eventfd -1 switches off.
+_ALWAYS_ON = abi.VFIO_DEVICE_FLAGS_CCW | abi.VFIO_DEVICE_FLAGS_AP
 
 
 class IrqFlags(enum.IntFlag):
@@ -138,7 +159,7 @@ class Vectors:
         return vectors
 
     def __repr__(self) -> str:
-        return f"<{len(self)} vectors of {_name(self.kind)} of {self._device!r}>"
+        return f"<{len(self)} vectors of {_name(self._device, self.kind)} of {self._device!r}>"
 
     def __len__(self) -> int:
         return len(self._vectors)
@@ -155,7 +176,7 @@ class Vectors:
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the first vector; see Interrupt.wait."""
         if not self._vectors:
-            raise error(errno.EBADF, "interrupt_wait", hint=f"{_name(self.kind)} was disabled")
+            raise error(errno.EBADF, "interrupt_wait", hint=f"{_name(self._device, self.kind)} was disabled")
         return self._vectors[0].wait(timeout)
 
     def trigger(self, start: int = 0, count: int | None = None) -> None:
@@ -212,7 +233,7 @@ class Vectors:
         """Disable the interrupts and close the eventfds.  Idempotent."""
         if self._vectors:
             with contextlib.suppress(VfioError):    # a closed or vanished device, or the child of a fork
-                self._set(_NONE | _TRIGGER, "irq_disable", 0, 0)
+                _switch_off(self._device, self.kind)
             self._close_eventfds()
             self._vectors = []
 
@@ -230,8 +251,16 @@ class Vectors:
                 warnings.warn(text, ResourceWarning, source=self, stacklevel=1)
 
 
-def _name(kind: int) -> str:
-    return IrqIndex(kind).name if kind in IrqIndex.__members__.values() else f"interrupt index {kind}"
+def _name(device: "VfioDevice", kind: int) -> str:
+    kinds = next((kinds for flag, kinds in _KINDS if device.info.flags & flag), None)
+    return kinds(kind).name if kinds and kind in kinds.__members__.values() else f"interrupt index {kind}"
+
+
+def _switch_off(device: "VfioDevice", kind: int) -> None:
+    if device.info.flags & _ALWAYS_ON:
+        set_irqs(device, kind, _EVENTFD | _TRIGGER, "irq_disable", 0, 1, pack_fds("irq_disable", [None]))
+    else:
+        set_irqs(device, kind, _NONE | _TRIGGER, "irq_disable", 0, 0)
 
 
 def set_irqs(device: "VfioDevice", kind: int, flags: int, operation: str, start: int, count: int,
@@ -253,11 +282,11 @@ def set_irqs(device: "VfioDevice", kind: int, flags: int, operation: str, start:
         raise error(errno.EINVAL, operation, hint="interrupt types and vectors are numbers from 0")
     layout = abi.vfio_irq_set
     head = layout.pack(argsz=layout.size + len(data), flags=flags, index=kind, start=start, count=count)
-    name = _name(kind)
+    name, on_pci = _name(device, kind), device.info.flags & abi.VFIO_DEVICE_FLAGS_PCI
     active = [other.kind for other in device.children(Vectors)
-              if not other.closed and other.kind != kind and other.kind <= IrqIndex.MSIX]
+              if on_pci and not other.closed and other.kind != kind and other.kind <= IrqIndex.MSIX]
     available = device.control(abi.VFIO_DEVICE_SET_IRQS, bytearray(head + data), operation, {
-        errno.EINVAL: f"{_name(active[0])} is enabled, and INTx, MSI and MSI-X exclude one another: close that first"
+        errno.EINVAL: f"{_name(device, active[0])} is enabled, and INTx, MSI and MSI-X exclude one another: close that first"
                       if active and kind <= IrqIndex.MSIX else
                       f"{name} is not enabled, has no such vector, or another type was enabled through another "
                       "descriptor of the device; or a number is no eventfd",
@@ -300,10 +329,10 @@ class Interrupts:
         """
         layout = abi.vfio_irq_info
         if not 0 <= kind < 1 << 32:
-            raise error(errno.EINVAL, "device_get_irq_info", hint=f"the device has no {_name(kind)}")
+            raise error(errno.EINVAL, "device_get_irq_info", hint=f"the device has no {_name(self._device, kind)}")
         data = bytearray(layout.pack(argsz=layout.size, index=kind))
         self._device.control(abi.VFIO_DEVICE_GET_IRQ_INFO, data, "device_get_irq_info",
-                             {errno.EINVAL: f"the device has no {_name(kind)}"})
+                             {errno.EINVAL: f"the device has no {_name(self._device, kind)}"})
         values = layout.unpack(data)
         return IrqInfo(kind, values["count"], IrqFlags(values["flags"]))
 
@@ -321,7 +350,7 @@ class Interrupts:
         Parameters
         ----------
         kind : int
-            IrqIndex.
+            IrqIndex, CcwIrq, ApIrq or a number.
         count : int
             Vectors.
 
@@ -338,9 +367,9 @@ class Interrupts:
         """
         info = self.info(kind)
         if not 0 < count <= info.count:
-            raise error(errno.EINVAL, "irq_enable", hint=f"{_name(kind)} has {info.count} vectors, not {count}")
+            raise error(errno.EINVAL, "irq_enable", hint=f"{_name(self._device, kind)} has {info.count} vectors, not {count}")
         if any(not vectors.closed and vectors.kind == kind for vectors in self._device.children(Vectors)):
-            raise error(errno.EBUSY, "irq_enable", hint=f"{_name(kind)} is enabled already: close that first")
+            raise error(errno.EBUSY, "irq_enable", hint=f"{_name(self._device, kind)} is enabled already: close that first")
         vectors = Vectors(self._device, kind, count)
         self._device.adopt(vectors)
         return vectors
@@ -353,7 +382,7 @@ class Interrupts:
         Parameters
         ----------
         kind : int
-            IrqIndex.
+            IrqIndex, CcwIrq, ApIrq or a number.
         eventfds : sequence of int
             Of the vectors from the first on; they belong to the result.
 
@@ -372,4 +401,4 @@ class Interrupts:
             vectors.close()
         if not mine:
             with contextlib.suppress(InvalidArgumentError, UnsupportedError):
-                set_irqs(self._device, kind, _NONE | _TRIGGER, "irq_disable", 0, 0)
+                _switch_off(self._device, kind)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .state import DeviceState
 
 _NONE, _BOOL, _EVENTFD = abi.VFIO_IRQ_SET_DATA_NONE, abi.VFIO_IRQ_SET_DATA_BOOL, abi.VFIO_IRQ_SET_DATA_EVENTFD
+_CHANNEL = abi.VFIO_DEVICE_FLAGS_CCW | abi.VFIO_DEVICE_FLAGS_AP
 _KNOWN = abi.VFIO_IRQ_SET_DATA_TYPE_MASK | abi.VFIO_IRQ_SET_ACTION_TYPE_MASK
 _SIZES = {_NONE: 0, _BOOL: 1, _EVENTFD: 4}
 _HEAD = struct.Struct("=IIIII")
@@ -28,7 +29,10 @@ def get_irq_info(state: "DeviceState", arg: int) -> int:
 
 
 def set_irqs(state: "DeviceState", arg: int) -> int:
-    """Do SET_IRQS; every refusal but that of a bad eventfd is EINVAL."""
+    """Do SET_IRQS; every refusal but that of a bad eventfd is EINVAL.
+
+    With no data and count 0 most buses switch off; channel I/O and adapters signal, whatever the count is.
+    """
     argsz, flags, index, start, count = _HEAD.unpack(read_memory(arg, _HEAD.size))
     kind, action = flags & abi.VFIO_IRQ_SET_DATA_TYPE_MASK, flags & abi.VFIO_IRQ_SET_ACTION_TYPE_MASK
     size = _SIZES.get(kind, 0)
@@ -38,6 +42,11 @@ def set_irqs(state: "DeviceState", arg: int) -> int:
     value = int.from_bytes(read_memory(arg + _HEAD.size, size), "little", signed=size == 4) if size else 1
     with state.lock:
         old = state.simple_irqs.get(index)
+        if not count and not state.bus & _CHANNEL:      # with no data: switched off
+            state.simple_irqs.pop(index, None)
+            if old is not None:
+                old.close()
+            return 0
         if kind != _EVENTFD:
             if value and old is not None:
                 old.signal()
