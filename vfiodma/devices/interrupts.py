@@ -286,7 +286,7 @@ def set_irqs(device: "VfioDevice", kind: int, flags: int, operation: str, start:
     active = [other.kind for other in device.children(Vectors)
               if on_pci and not other.closed and other.kind != kind and other.kind <= IrqIndex.MSIX]
     available = device.control(abi.VFIO_DEVICE_SET_IRQS, bytearray(head + data), operation, {
-        errno.EINVAL: f"{_name(device, active[0])} is enabled, and INTx, MSI and MSI-X exclude one another: close that first"
+        errno.EINVAL: f"{_name(device, active[0])} is enabled, and INTx, MSI and MSI-X exclude one another: close that"
                       if active and kind <= IrqIndex.MSIX else
                       f"{name} is not enabled, has no such vector, or another type was enabled through another "
                       "descriptor of the device; or a number is no eventfd",
@@ -365,11 +365,11 @@ class Interrupts:
             EINVAL: too many vectors, or another type is enabled (INTx, MSI and MSI-X exclude one another); EBUSY:
             this one is enabled already.
         """
-        info = self.info(kind)
+        info, name = self.info(kind), _name(self._device, kind)
         if not 0 < count <= info.count:
-            raise error(errno.EINVAL, "irq_enable", hint=f"{_name(self._device, kind)} has {info.count} vectors, not {count}")
+            raise error(errno.EINVAL, "irq_enable", hint=f"{name} has {info.count} vectors, not {count}")
         if any(not vectors.closed and vectors.kind == kind for vectors in self._device.children(Vectors)):
-            raise error(errno.EBUSY, "irq_enable", hint=f"{_name(self._device, kind)} is enabled already: close that first")
+            raise error(errno.EBUSY, "irq_enable", hint=f"{name} is enabled already: close that first")
         vectors = Vectors(self._device, kind, count)
         self._device.adopt(vectors)
         return vectors
