@@ -1,5 +1,6 @@
 """The walker beside a slow one written from the rules alone, on random small tables, with and without stale entries."""
 import ctypes
+import fcntl
 import mmap
 import os
 import random
@@ -17,8 +18,11 @@ PAGES = 16                      # of guest memory; table and data at once
 HOLE = 9                        # not in the second stage
 READ_ONLY = 10                  # in the second stage for reading
 WIDTH = 39
-ROUNDS = 400 if os.environ.get("VFIODMA_PROFILE") == "deep" else 40
+DEEP = os.environ.get("VFIODMA_PROFILE") == "deep"
+ROUNDS = 400 if DEEP else 40
+WALKS = 10_000_000 if DEEP else 60_000          # of random bytes
 FAULT = None
+F_ADD_SEALS, F_SEAL_SHRINK = 1033, 2
 
 
 class Oracle:
@@ -80,9 +84,21 @@ def random_entry(source):
     return source.randrange(PAGES + 1) * PAGE | bits
 
 
-@pytest.fixture
-def guest():
-    area = mmap.mmap(-1, PAGES * PAGE)
+def memory(direct):
+    """Memory that devices reach directly, as it can't shrink; or by checked copies."""
+    if not direct:
+        return mmap.mmap(-1, PAGES * PAGE)
+    fd = os.memfd_create("guest", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, PAGES * PAGE)
+    fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK)
+    area = mmap.mmap(fd, PAGES * PAGE)
+    os.close(fd)
+    return area
+
+
+@pytest.fixture(params=[False, True], ids=["checked", "direct"])
+def guest(request):
+    area = memory(request.param)
     system = SoftwareVfio("vsva", [SoftwareGroup(0, ["0000:00:10.0"], nestable=True)], memlock_limit=None)
     container = system.container(iommu_type=abi.VFIO_TYPE1_NESTING_IOMMU)
     vaddr = ctypes.addressof(ctypes.c_char.from_buffer(area))
@@ -130,3 +146,36 @@ def test_walks_are_those_of_the_oracle(guest):
             found += expected is not FAULT
         domain.unbind(1)
     assert found > ROUNDS
+
+
+def test_random_bytes_as_tables_lead_into_the_guest_s_memory_or_nowhere(guest):
+    area, vaddr, container, domain = guest
+    path = container.paths["0000:00:10.0"]
+    seed = int.from_bytes(os.urandom(4), "little")
+    print("seed", seed)
+    source = np.random.default_rng(seed)
+    words, found, batch = np.frombuffer(area, np.uint64), 0, 20_000
+    for _ in range(WALKS // 2 // batch):            # half with each kind of memory
+        words[:] = source.integers(0, 2**64, len(words), np.uint64)
+        entries = source.random(len(words)) < 0.9   # most lead to a page of the guest
+        flags = source.choice(np.array([7, 0x27, 0x67, 0x127, 0x87, 5, 3, 0], np.uint64), len(words))
+        words[entries] = (source.integers(0, PAGES + 1, len(words), np.uint64) << np.uint64(12) | flags)[entries]
+        width = int(source.choice([48, 57]))
+        domain.bind(1, GuestPageTable(int(source.integers(PAGES)) * PAGE, width, bool(source.integers(2)),
+                                      bool(source.integers(2))))
+        addresses = source.integers(0, 2**64, batch, np.uint64)
+        canonical = source.random(batch) < 0.95
+        addresses[canonical] = (addresses[canonical].view(np.int64) >> np.int64(64 - width)).view(np.uint64)
+        addresses[1::2] = addresses[::2] + source.integers(0, 64, batch // 2, np.uint64)       # some come again
+        pasid, perm = int(source.choice([1, 1, 1, 0, 2, 1 << 20])), int(source.integers(16))
+        result = path.translate_many(addresses, pasid, perm)
+        hits = result != np.uint64(2**64 - 1)
+        assert hits.sum() == 0 or pasid == 1, seed
+        offsets = result[hits] - np.uint64(vaddr)
+        assert (offsets < PAGES * PAGE).all() and (offsets // PAGE != HOLE).all(), seed
+        assert (offsets % PAGE == addresses[hits] % PAGE).all(), seed
+        found += int(hits.sum())
+        domain.invalidate([Invalidation(1), Invalidation(1, int(addresses[0]) & ~4095, 77)])
+        domain.unbind(1)
+    print("found", found, "of", WALKS // 2)
+    assert found
