@@ -470,6 +470,9 @@ class IommufdNestedDomain:
 
     def close(self) -> None:
         """Unbind every table, detach the devices and destroy the second stage.  Idempotent."""
+        if self.parent.ioas.iommufd.fd < 0:             # it took everything along
+            self._tables.clear()
+            self.parent.forget_id()
         for pasid in tuple(self._tables):
             self.unbind(pasid)
         if self.parent.id:

@@ -1,9 +1,9 @@
 """Random scripts for /dev/iommu, device nodes, and groups on an iommufd.
 
-Left out besides what generate.py leaves out: GET_HW_INFO (it tells the machine's registers); page faults and virtual
-IOMMUs (not modelled); the self-test command and the numbers below it (a kernel with it copies their size first);
-CHECK_EXTENSION of no-iommu (a build option); MAP_FILE of a group's descriptor (while the group's container is the same
-iommufd the two hold each other, and a real kernel keeps the group for ever).
+Left out besides what generate.py leaves out: GET_HW_INFO (it tells the machine's registers); page faults (no IOMMU
+of the lab nests) and virtual IOMMUs (not modelled); the self-test command and the numbers below it (a kernel with it
+copies their size first); CHECK_EXTENSION of no-iommu (a build option); MAP_FILE of a group's descriptor (while the
+group's container is the same iommufd the two hold each other, and a real kernel keeps the group for ever).
 """
 import struct
 
@@ -25,7 +25,7 @@ from .generate import (
 from .script import ARG, BITMAP, BITMAP_AREA, BITMAP_SIZE, CLOSE, DATA, IOCTL, OPEN, PAGE, VALUE
 
 DESTROY, ALLOC, ALLOW, COPY, RANGES, MAP, UNMAP, OPTION, VFIO_IOAS, HWPT_ALLOC = range(0x3b80, 0x3b8a)
-SET_DIRTY, GET_DIRTY, MAP_FILE, CHANGE_PROCESS = 0x3b8b, 0x3b8c, 0x3b8f, 0x3b92
+SET_DIRTY, GET_DIRTY, INVALIDATE, MAP_FILE, CHANGE_PROCESS = 0x3b8b, 0x3b8c, 0x3b8d, 0x3b8f, 0x3b92
 BIND, ATTACH, DETACH = 0x3b76, 0x3b77, 0x3b78
 MEMFD_SLOT = 10
 UNKNOWN = [0x3b00 + number for number in (0x40, 0x7f, 0xa1, 0xff)]
@@ -145,10 +145,14 @@ class Iommufd(Generator):
     def hwpt(self, c):
         table = self.id(self.pick("ioas", "ioas", "hwpt"))
         self.call(c, HWPT_ALLOC, "IIIIIIIQII", self.pick(0, 0, 0, 0, 1, 2, 3, 16), self.id("device"), table, 0x55555555,
-                  self.reserved(), self.pick(0, 0, 0, 0, 1, 77), self.pick(0, 0, 0, 8), 0, 0, 0)
+                  self.reserved(), self.pick(0, 0, 0, 0, 1, 77), self.pick(0, 0, 0, 8, 24), 0, 0, 0)
 
     def track(self, c):
         number = self.id("hwpt")
+        if self.chance(0.2):
+            self.call(c, INVALIDATE, "IQIIII", number, 0, self.pick(0, 0, 1), self.pick(0, 24, 24, PAGE + 1),
+                      self.pick(0, 0, 1, (1 << 19) + 1), self.reserved())
+            return
         if self.chance(0.4):
             self.call(c, SET_DIRTY, "III", self.pick(0, 1, 1, 2), number, 0)
             return

@@ -556,6 +556,29 @@ def test_pasids_have_tables_of_their_own():
     door.call(DESTROY, "II", 8, plain)
 
 
+def test_mediated_devices_have_none():
+    door = Door(kernel="7.2", groups=[SoftwareGroup(0, [DEVICE], emulated=True)])
+    node, _ = door.bind()
+    ioas = door.alloc()
+    for pasid in (1, 1 << 31):
+        refused(errno.EOPNOTSUPP, door.call, vfio.VFIO_DEVICE_ATTACH_IOMMUFD_PT, "4I", 16, 1, ioas, pasid, fd=node)
+        refused(errno.EOPNOTSUPP, door.call, DETACH, "III", 12, 1, pasid, fd=node)
+
+
+def test_an_iommufd_that_is_closed_with_everything_in_use_frees_it():
+    door = Nested()
+    queue, _ = door.queue()
+    door.attach(door.node, door.hwpt(door.ioas, FAULT_ID_VALID, queue=queue))
+    door.nested(door.parent(), FAULT_ID_VALID, queue=queue)
+    for fd in sorted(door.vfio._files):
+        door.vfio.close(fd)
+
+
+def test_a_time_is_a_number_of_seconds():
+    with pytest.raises(ValueError):
+        SoftwareGroup(0, [DEVICE], page_request_timeout=-1)
+
+
 # ---- bad input
 
 words = st.one_of(st.sampled_from([0, 1, 2, 3, 4, 5, 24, 48, 57, 0xDEAD, 1 << 19]), st.integers(0, (1 << 32) - 1))

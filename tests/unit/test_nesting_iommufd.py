@@ -207,6 +207,16 @@ def test_page_requests_are_answered_by_group(guest):
         guest.iommufd.destroy(99)
 
 
+def test_a_closed_iommufd_takes_tables_and_queues_along(guest):
+    faults = PageFaults(guest.iommufd.alloc_fault_queue())
+    domain = IommufdNestedDomain(guest.devices, guest.ioas, fault_queue=faults)
+    domain.bind(1, TABLE)
+    guest.iommufd.close()
+    domain.close()
+    faults.close()
+    domain.unbind(1)
+
+
 def test_devices_that_ask_for_no_pages_take_no_queue(stack):
     guest = Guest(stack, page_request_timeout=None)
     with PageFaults(guest.iommufd.alloc_fault_queue()) as faults, IommufdNestedDomain(

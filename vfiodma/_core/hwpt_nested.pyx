@@ -26,6 +26,7 @@ cdef extern from "pagewalk.h" nogil:
         void *context
         int (*load)(void *context, uint64_t gpa, uint64_t *entry) noexcept nogil
         int (*update)(void *context, uint64_t gpa, uint64_t seen, uint64_t entry) noexcept nogil
+        void (*fetch)(void *context, uint64_t gpa) noexcept nogil
     enum:
         PAGEWALK_SRE, PAGEWALK_EAFE, PAGEWALK_WPE
     pagewalk *pagewalk_new(unsigned width, bint huge, size_t most)
@@ -254,7 +255,7 @@ cdef int nested_walk(hwpt_t *hwpt, uint64_t address, unsigned access, pagewalk_r
         fault.reason = PAGEWALK_BAD_PASID_ENTRY     # the mock IOMMU's
         return -EFAULT
     stage.parent, stage.wrote, stage.log = hwpt.parent, wrote, log
-    memory.context, memory.load, memory.update = &stage, load_entry, update_entry
+    memory.context, memory.load, memory.update, memory.fetch = &stage, load_entry, update_entry, NULL
     return pagewalk_translate(hwpt.walk, &memory, ONLY, address, access, found, fault)
 
 

@@ -119,12 +119,12 @@ cdef class IommufdContext:
             if self.c.objects[i].kind == NESTED:
                 hwpt_destroy(<hwpt_t *> self.c.objects[i].data)
         for i in range(self.c.room):
-            if self.c.objects[i].kind == FAULT_QUEUE:
-                free(self.c.objects[i].data)
-                object_remove(&self.c, i)
             if self.c.objects[i].kind == HWPT:
                 hwpt_destroy(<hwpt_t *> self.c.objects[i].data)
         for i in range(self.c.room):
+            if self.c.objects[i].kind == FAULT_QUEUE:
+                free(self.c.objects[i].data)
+                object_remove(&self.c, i)
             if self.c.objects[i].kind == IOAS:
                 ioas_free(<ioas_t *> self.c.objects[i].data)
                 object_remove(&self.c, i)

@@ -79,13 +79,13 @@ class FaultQueue:
         return self._iommufd.system.write(self._open("fault_queue_write"), data) // layout.size
 
     def close(self) -> None:
-        """Close the descriptor and destroy the queue; EBUSY while a page table uses it.  Idempotent."""
+        """Close the descriptor and destroy the queue; EBUSY while a page table uses it: call it again.  Idempotent."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             self._iommufd.system.close(fd)
-        if self.id:
+        if self.id and self._iommufd.fd >= 0:
             self._iommufd.destroy(self.id)
-            self.id = 0
+        self.id = 0
 
     def __enter__(self) -> "FaultQueue":
         return self

@@ -70,6 +70,8 @@ class SoftwareGroup:
         self.coherent = coherent
         self.msi_isolated = msi_isolated
         self.nestable = nestable
+        if page_request_timeout is not None and not page_request_timeout >= 0:
+            raise ValueError("page_request_timeout is a number of seconds, or None")
         self.page_request_timeout = page_request_timeout
         if lost_last_page & (lost_last_page - 1) or not 0 <= lost_last_page < 1 << 63:
             raise ValueError("lost_last_page is 0 or a power of two")

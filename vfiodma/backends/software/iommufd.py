@@ -249,6 +249,8 @@ class CdevFile(DeviceFile):
             if argsz < size + 4:
                 raise error(errno.EINVAL, operation, hint=f"argsz is at least {size + 4} with a PASID")
             pasid, = struct.unpack("=I", read_memory(arg + size, 4))
+            if not isinstance(self.path, IommufdDevice):
+                raise error(errno.EOPNOTSUPP, operation, hint="a mediated device has no PASIDs")
         return data, pasid if flags else None
 
     def attach(self, arg):
