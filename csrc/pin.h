@@ -37,6 +37,7 @@ int pin_write(const pin *, uint64_t offset, const void *src, uint64_t n);
 uint64_t *pin_page(const pin *, uint64_t offset);
 
 /* Put `wanted` where `seen` is, in the aligned word at an offset: 0, -EAGAIN (something else is there), -EFAULT.  Atomic
- * where the memory is used directly, else with a moment between the look and the write. */
+ * where the memory is used directly.  Elsewhere there is a moment between the look and the write; bits 10:0 that are
+ * only set then come to whatever was stored meanwhile, so that it is never undone. */
 int pin_swap(const pin *, uint64_t offset, uint64_t seen, uint64_t wanted);
 #endif

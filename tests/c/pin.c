@@ -3,6 +3,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -141,6 +143,64 @@ static void untouched_memory_costs_nothing_under_the_old_rule(void)
     CHECK(!pin_at(private(4), 4, 0, NO_LIMIT, &counted) && counted == 4);
 }
 
+static void words_are_swapped(void)
+{
+    int fd = memfd(1), sealed = memfd(1);
+    fcntl(sealed, F_ADD_SEALS, F_SEAL_SHRINK);
+    char *kinds[] = {private(1), map(PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd),
+                     map(PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, sealed)};
+    for (int i = 0; i < 3; i++) {
+        uint64_t *words = (uint64_t *)kinds[i], counted;
+        pin *p = NULL;
+        words[1] = 0x14007;
+        CHECK(pin_memory((uint64_t)(uintptr_t)words, PAGE, PIN_WRITE, NO_LIMIT, &p, &counted) == 0);
+        CHECK(pin_swap(p, 8, 0x14007, 0x14467) == 0 && words[1] == 0x14467);
+        CHECK(pin_swap(p, 8, 0x14007, 0x14027) == -EAGAIN && words[1] == 0x14467);
+        CHECK(pin_swap(p, 8, 0x14467, UINT64_MAX) == 0 && words[1] == UINT64_MAX && !words[0] && !words[2]);
+        CHECK(pin_swap(p, 8, UINT64_MAX, 1) == 0 && words[1] == 1);
+        if (i == 0) {
+            munmap(words, PAGE);
+            CHECK(pin_swap(p, 8, 1, 3) == -EFAULT);
+        }
+        pin_release(p);
+    }
+    close(fd);
+    close(sealed);
+}
+
+static atomic_bool stop;
+
+static void *set_accessed(void *p)
+{
+    while (!stop)
+        pin_swap(p, 0, 0x14007, 0x14027);
+    return NULL;
+}
+
+/* A guest that has cleared an entry must not find it there again. */
+static void a_swap_undoes_no_store(void)
+{
+    _Atomic uint64_t *word = (_Atomic uint64_t *)private(1);
+    uint64_t counted, back = 0;
+    pthread_t thread;
+    pin *p = NULL;
+    CHECK(pin_memory((uint64_t)(uintptr_t)word, PAGE, PIN_WRITE, NO_LIMIT, &p, &counted) == 0);
+    CHECK(pthread_create(&thread, NULL, set_accessed, p) == 0);
+    for (unsigned i = 0; i < 20000; i++) {
+        *word = 0x14007;
+        for (volatile unsigned wait = 0; wait < 1500 + i % 4000; wait++)
+            ;
+        *word = 0;
+        for (volatile unsigned wait = 0; wait < 3000; wait++)
+            ;
+        back += *word & 1;
+    }
+    stop = true;
+    pthread_join(thread, NULL);
+    CHECK(back == 0);
+    pin_release(p);
+}
+
 static void user_memory_is_checked(void)
 {
     char *memory = private(2), byte[8] = "1234567";
@@ -174,6 +234,8 @@ int main(void)
     access_reaches_shared_memory_when_its_address_is_gone();
     sealed_memory_is_reached_directly_and_over_several_vmas();
     untouched_memory_costs_nothing_under_the_old_rule();
+    words_are_swapped();
+    a_swap_undoes_no_store();
     user_memory_is_checked();
     charges_count_against_the_limit();
     printf("%d passed, %d failed\n", passed, failed);
