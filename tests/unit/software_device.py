@@ -40,8 +40,10 @@ class Opened:
         return self.feature(number, abi.VFIO_DEVICE_FEATURE_SET, data)
 
     def set_irqs(self, flags, index, start, count, data=b"", argsz=None):
-        size = 20 + len(data) if argsz is None else argsz
-        self.ioctl(abi.VFIO_DEVICE_SET_IRQS, struct.pack("=IIIII", size, flags, index, start, count) + data)
+        layout = abi.vfio_irq_set
+        head = layout.pack(argsz=layout.size + len(data) if argsz is None else argsz, flags=flags, index=index,
+                           start=start, count=count)
+        self.ioctl(abi.VFIO_DEVICE_SET_IRQS, head + data)
 
     def close(self):
         if self.fd >= 0:

@@ -16,8 +16,11 @@ from vfiodma.errors import VfioError
 from vfiodma.uapi import vfio as abi
 
 GET, SET, PROBE = abi.VFIO_DEVICE_FEATURE_GET, abi.VFIO_DEVICE_FEATURE_SET, abi.VFIO_DEVICE_FEATURE_PROBE
-TOKEN, ENTRY, ENTRY_WITH_WAKEUP, EXIT = 0, 3, 4, 5
-LOG_START, LOG_STOP, LOG_REPORT, DMA_BUF = 6, 7, 8, 11
+TOKEN, ENTRY = abi.VFIO_DEVICE_FEATURE_PCI_VF_TOKEN, abi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY
+ENTRY_WITH_WAKEUP = abi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP
+EXIT = abi.VFIO_DEVICE_FEATURE_LOW_POWER_EXIT
+LOG_START, LOG_STOP = abi.VFIO_DEVICE_FEATURE_DMA_LOGGING_START, abi.VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP
+LOG_REPORT, DMA_BUF = abi.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT, abi.VFIO_DEVICE_FEATURE_DMA_BUF
 IOVA, PAGE = 0x100000, 4096
 
 
@@ -135,11 +138,13 @@ def logging():
 
 
 def start(device, *ranges, page_size=PAGE, count=None, address=None):
-    array = (ctypes.c_uint64 * max(1, 2 * len(ranges)))(*[number for item in ranges for number in item])
+    entry = abi.vfio_device_feature_dma_logging_range
+    array = ctypes.create_string_buffer(b"".join(entry.pack(iova=iova, length=length) for iova, length in ranges))
     count = len(ranges) if count is None else count
     address = ctypes.addressof(array) if address is None else address
-    data = device.set(LOG_START, struct.pack("=QIIQ", page_size, count, 0, address))
-    return struct.unpack_from("=Q", data)[0]
+    layout = abi.vfio_device_feature_dma_logging_control
+    data = device.set(LOG_START, layout.pack(page_size=page_size, num_ranges=count, ranges=address))
+    return layout.unpack(data[-layout.size:])["page_size"]
 
 
 def report(device, iova, length, page_size=PAGE, bitmap=None):

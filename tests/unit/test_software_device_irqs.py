@@ -15,7 +15,10 @@ from vfiodma.devices.edu import EduDevice
 from vfiodma.errors import VfioError
 from vfiodma.uapi import vfio as abi
 
-NONE, BOOL, EVENTFD, MASK, UNMASK, TRIGGER = 1, 2, 4, 8, 16, 32
+NONE, BOOL, EVENTFD = abi.VFIO_IRQ_SET_DATA_NONE, abi.VFIO_IRQ_SET_DATA_BOOL, abi.VFIO_IRQ_SET_DATA_EVENTFD
+MASK, UNMASK, TRIGGER = (abi.VFIO_IRQ_SET_ACTION_MASK, abi.VFIO_IRQ_SET_ACTION_UNMASK,
+                         abi.VFIO_IRQ_SET_ACTION_TRIGGER)
+DATA, ACTION = abi.VFIO_IRQ_SET_DATA_TYPE_MASK, abi.VFIO_IRQ_SET_ACTION_TYPE_MASK
 INTX, MSI, MSIX, ERR, REQ = range(5)
 COUNTS = (1, 4, 6, 1, 1)
 CLOSED_FD, PLAIN_FD = 1 << 20, "plain"
@@ -69,9 +72,9 @@ class Oracle:
 
     def set(self, flags, index, start, count, data):
         """Return the errno, 0 for none; ``data`` has a value for each interrupt."""
-        if index >= 5 or flags & ~63 or start >= COUNTS[index] or start + count > COUNTS[index]:
+        if index >= 5 or flags & ~(DATA | ACTION) or start >= COUNTS[index] or start + count > COUNTS[index]:
             return errno.EINVAL
-        kind, action = flags & 7, flags & 56
+        kind, action = flags & DATA, flags & ACTION
         if kind not in (NONE, BOOL, EVENTFD):
             return errno.EINVAL
         if action not in (MASK, UNMASK, TRIGGER) or (index != INTX and action != TRIGGER):

@@ -14,10 +14,14 @@ from vfiodma.backends.spapr import EehOp, EehState, SpaprContainer, Window
 from vfiodma.devices import EduDevice
 from vfiodma.errors import InvalidArgumentError, IovaSpaceError, VfioError
 from vfiodma.types import IovaRange
+from vfiodma.uapi import vfio as abi
 
 PAGE = 4096
-BASE = 0x3B64
-GET_INFO, MAP, UNMAP, ENABLE, DISABLE, REGISTER, UNREGISTER, CREATE, REMOVE, EEH = range(BASE + 12, BASE + 22)
+BASE = (abi.VFIO_TYPE << 8) + abi.VFIO_BASE
+GET_INFO, MAP, UNMAP = abi.VFIO_IOMMU_SPAPR_TCE_GET_INFO, abi.VFIO_IOMMU_MAP_DMA, abi.VFIO_IOMMU_UNMAP_DMA
+ENABLE, DISABLE, EEH = abi.VFIO_IOMMU_ENABLE, abi.VFIO_IOMMU_DISABLE, abi.VFIO_EEH_PE_OP
+REGISTER, UNREGISTER = abi.VFIO_IOMMU_SPAPR_REGISTER_MEMORY, abi.VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY
+CREATE, REMOVE = abi.VFIO_IOMMU_SPAPR_TCE_CREATE, abi.VFIO_IOMMU_SPAPR_TCE_REMOVE
 READ, WRITE = 1, 2
 
 
@@ -30,7 +34,7 @@ class Raw:
         self.fd = self.vfio.open("/dev/vfio/vfio")
         self.groups = [self.vfio.open(f"/dev/vfio/{n}") for n in range(groups)]
         self.join(0)
-        self.set_iommu = self.call(BASE + 2, {1: 2, 2: 7}[version])
+        self.set_iommu = self.call(BASE + 2, {1: abi.VFIO_SPAPR_TCE_IOMMU, 2: abi.VFIO_SPAPR_TCE_v2_IOMMU}[version])
 
     def join(self, n):
         return self.call(BASE + 4, struct.pack("i", self.fd), fd=self.groups[n])
@@ -51,20 +55,26 @@ class Raw:
         return self.call(UNMAP, struct.pack("=IIQQ", argsz, flags, iova, size))
 
     def register(self, vaddr, size, flags=0, argsz=24, request=REGISTER):
-        return self.call(request, struct.pack("=IIQQ", argsz, flags, vaddr, size))
+        layout = abi.vfio_iommu_spapr_register_memory
+        return self.call(request, layout.pack(argsz=argsz, flags=flags, vaddr=vaddr, size=size))
 
     def unregister(self, vaddr, size, **options):
         return self.register(vaddr, size, request=UNREGISTER, **options)
 
     def create(self, shift=12, size=1 << 24, levels=1, argsz=40, flags=0):
-        result = self.call(CREATE, struct.pack("=IIIIQIIQ", argsz, flags, shift, 0, size, levels, 0, 0x77))
-        return struct.unpack_from("=Q", self.buffer.raw, 32)[0] if result == 0 else result
+        layout = abi.vfio_iommu_spapr_tce_create
+        result = self.call(CREATE, layout.pack(argsz=argsz, flags=flags, page_shift=shift, window_size=size,
+                                               levels=levels, start_addr=0x77))
+        return layout.unpack(self.buffer.raw[:layout.size])["start_addr"] if result == 0 else result
 
     def remove(self, start, argsz=16, flags=0):
-        return self.call(REMOVE, struct.pack("=IIQ", argsz, flags, start))
+        layout = abi.vfio_iommu_spapr_tce_remove
+        return self.call(REMOVE, layout.pack(argsz=argsz, flags=flags, start_addr=start))
 
     def eeh(self, op, argsz=12, flags=0, err=(0, 0, 0, 0)):
-        return self.call(EEH, struct.pack("=IIIIIIQQ", argsz, flags, op, 0, *err))
+        layout = abi.vfio_eeh_pe_op
+        fields = dict(zip(abi.vfio_eeh_pe_err.unpack(bytes(abi.vfio_eeh_pe_err.size)), err, strict=True))
+        return self.call(EEH, layout.pack(argsz=argsz, flags=flags, op=op, err=fields))
 
     def close(self):
         for fd in list(self.vfio._files):
@@ -132,10 +142,12 @@ def test_groups_attach_by_the_rules_of_the_version(raw):
 
 
 def test_info_has_windows_in_version_2_only(raw):
-    for version, expected in ((2, (1, 0, 2 << 30, 0x1011000, 2, 5)), (1, (0, 0, 2 << 30, 0, 0, 0))):
+    ddw = abi.VFIO_IOMMU_SPAPR_INFO_DDW
+    for version, expected in ((2, (ddw, 0, 2 << 30, 0x1011000, 2, 5)), (1, (0, 0, 2 << 30, 0, 0, 0))):
         r = raw(version)
         assert r.call(GET_INFO, struct.pack("=I", 32) + bytes(28)) == 0
-        assert struct.unpack("=IIIQII", r.buffer.raw[4:32]) == expected
+        told = abi.vfio_iommu_spapr_tce_info.unpack(r.buffer.raw[:32])
+        assert (told["flags"], told["dma32_window_start"], told["dma32_window_size"], *told["ddw"].values()) == expected
         assert r.call(GET_INFO, struct.pack("=I", 16) + b"\xaa" * 28) == 0
         assert r.buffer.raw[16:32] == b"\xaa" * 16
         assert r.call(GET_INFO, struct.pack("=I", 15) + bytes(28)) == "EINVAL"
@@ -252,9 +264,9 @@ def test_up_to_linux_6_1_version_1_adopts_the_table_of_the_platform(raw, memory)
 
 def test_eeh_is_an_extension_where_it_is_on(raw):
     r = raw()
-    assert r.call(BASE + 1, 5) == 1
+    assert r.call(BASE + 1, abi.VFIO_EEH) == 1
     r.vfio._groups[0].endpoint.enabled = False
-    assert r.call(BASE + 1, 5) == r.call(BASE + 1, (1 << 64) - 5) == 0
+    assert r.call(BASE + 1, abi.VFIO_EEH) == r.call(BASE + 1, (1 << 64) - 5) == 0
 
 
 def test_a_fault_without_an_endpoint_freezes_nothing(memory):
@@ -371,6 +383,24 @@ def test_devices_reach_mapped_memory_and_a_fault_freezes_the_endpoint(memory):
         container.eeh(EehOp.RESET_DEACTIVATE)
         container.eeh(EehOp.CONFIGURE)
         assert container.eeh_state is EehState.NORMAL
+
+
+def test_eeh_operations_and_states_are_those_of_the_header(raw):
+    r = raw()
+    state = abi.VFIO_EEH_PE_GET_STATE
+    steps = [(abi.VFIO_EEH_PE_DISABLE, abi.VFIO_EEH_PE_STATE_NORMAL),
+             (abi.VFIO_EEH_PE_RESET_HOT, abi.VFIO_EEH_PE_STATE_RESET),
+             (abi.VFIO_EEH_PE_RESET_DEACTIVATE, abi.VFIO_EEH_PE_STATE_NORMAL),
+             (abi.VFIO_EEH_PE_RESET_FUNDAMENTAL, abi.VFIO_EEH_PE_STATE_RESET),
+             (abi.VFIO_EEH_PE_ENABLE, abi.VFIO_EEH_PE_STATE_NORMAL),
+             (abi.VFIO_EEH_PE_INJECT_ERR, abi.VFIO_EEH_PE_STATE_STOPPED),
+             (abi.VFIO_EEH_PE_CONFIGURE, abi.VFIO_EEH_PE_STATE_STOPPED),
+             (abi.VFIO_EEH_PE_UNFREEZE_IO, abi.VFIO_EEH_PE_STATE_STOPPED_DMA),
+             (abi.VFIO_EEH_PE_UNFREEZE_DMA, abi.VFIO_EEH_PE_STATE_NORMAL),
+             (abi.VFIO_EEH_PE_INJECT_ERR, abi.VFIO_EEH_PE_STATE_STOPPED),
+             (abi.VFIO_EEH_PE_UNFREEZE_DMA, abi.VFIO_EEH_PE_STATE_UNAVAIL)]
+    for op, after in steps:
+        assert r.eeh(op, argsz=40) == 0 and r.eeh(state) == after, (op, after)
 
 
 def test_eeh_operations_and_their_errors(raw):
