@@ -1,5 +1,6 @@
 """The fault queue of a software device: records, polling, page requests and what answers do to them."""
 import errno
+import os
 import select
 import struct
 import threading
@@ -160,3 +161,46 @@ def test_a_full_queue_refuses_and_never_more_than_512_groups_wait(rig):
     for _ in range(5000):
         sink.unrecoverable(5, 1, 1, 0, None)
     assert len(sink.read(1 << 20)) == 4096 * 64
+
+
+def test_a_late_answer_is_not_that_of_the_next_group(rig):
+    fd = rig.vfio.open_fault_queue(rig.device, timeout=0.0)
+    sink = rig.port.fault_sink
+    late = sink.request_pages(1, [PAGE], 1)
+    sink.timeout = 60.0
+    waiting = sink.request_pages(1, [2 * PAGE], 1)
+    assert refused(answer, rig, fd, late) == errno.EINVAL
+    assert sink.answer(late) is None
+    answer(rig, fd, waiting, code=iommu.IOMMU_PAGE_RESP_INVALID)
+    assert sink.answer(waiting) == iommu.IOMMU_PAGE_RESP_INVALID
+
+
+def test_without_a_free_descriptor_the_device_has_no_queue(rig, monkeypatch):
+    before = set(os.listdir("/proc/self/fd"))
+
+    def full(_):
+        raise OSError(errno.EMFILE, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup", full)
+        with pytest.raises(OSError, match="full"):
+            rig.vfio.open_fault_queue(rig.device)
+    assert set(os.listdir("/proc/self/fd")) == before
+    rig.vfio.open_fault_queue(rig.device)
+
+
+def test_a_read_that_comes_behind_close_leaves_other_descriptors_alone(rig):
+    fd = rig.vfio.open_fault_queue(rig.device)
+    queue = rig.vfio._files[fd]
+    queue.unrecoverable(6, 1, 1, 0, None)
+    number = queue.event
+    rig.vfio.close(fd)
+    other = os.memfd_create("other")
+    os.dup2(other, number)          # whoever opens something gets the number
+    os.write(other, b"12345678")
+    os.lseek(other, 0, os.SEEK_SET)
+    assert len(queue.read(64)) == 64
+    assert os.read(other, 8) == b"12345678"
+    os.close(number)
+    if other != number:
+        os.close(other)

@@ -51,6 +51,7 @@ class FaultQueueFile:
         self._records: deque[bytes] = deque()
         self._pending: dict[int, _Group] = {}
         self._answers: dict[int, int] = {}
+        self._next = 0          # number to try first: one whose time was over is not used again at once
         self._changed = threading.Condition()
         self._open = True
         port.fault_sink = self
@@ -91,7 +92,8 @@ class FaultQueueFile:
         with self._changed:
             now = time.monotonic()
             self._pending = {group: waits for group, waits in self._pending.items() if waits.deadline > now}
-            group = next((number for number in range(_GROUPS) if number not in self._pending), _GROUPS)
+            numbers = ((self._next + i) % _GROUPS for i in range(_GROUPS))
+            group = next((number for number in numbers if number not in self._pending), _GROUPS)
             table = self.port.bound(pasid)
             records = []
             for i, address in enumerate(addresses):
@@ -102,6 +104,7 @@ class FaultQueueFile:
                 records.append(_record(abi.IOMMU_FAULT_PAGE_REQ, request))
             if not self.page_requests or not records or group == _GROUPS or table and not self._put(records):
                 raise error(errno.EINVAL, "request_pages", hint="told not to ask, or the queue is full")
+            self._next = group + 1
             self._answers.pop(group, None)
             if table:
                 self._pending[group] = _Group(pasid, table, now + self.timeout, records)
@@ -129,8 +132,9 @@ class FaultQueueFile:
     def answer(self, group: int) -> int | None:
         """Wait for a group's answer: an IOMMU_PAGE_RESP_* code; None when its time is over, which ends the group."""
         with self._changed:
-            while group in self._pending:
-                left = self._pending[group].deadline - time.monotonic()
+            waits = self._pending.get(group)
+            while waits is not None and self._pending.get(group) is waits:
+                left = waits.deadline - time.monotonic()
                 if left <= 0:
                     del self._pending[group]
                     break
@@ -155,7 +159,7 @@ class FaultQueueFile:
             raise error(errno.EINVAL, "read", hint=f"a record has {abi.iommu_fault.size} bytes")
         with self._changed:
             taken = [self._records.popleft() for _ in range(min(size // abi.iommu_fault.size, len(self._records)))]
-            if taken and not self._records:
+            if taken and not self._records and self._open:
                 os.eventfd_read(self.event)
         return b"".join(taken)
 

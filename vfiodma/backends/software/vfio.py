@@ -265,7 +265,12 @@ class SoftwareVfio:
                 raise error(errno.EINVAL, "open_fault_queue", hint="only an open device has faults")
             if port.fault_sink is not None:
                 raise error(errno.EBUSY, "open_fault_queue", hint="the device has a fault queue")
-            return self._new_fd(FaultQueueFile(port, page_requests, timeout))
+            queue = FaultQueueFile(port, page_requests, timeout)
+            try:
+                return self._new_fd(queue)
+            except OSError:
+                queue.closed()
+                raise
 
     def _pasid_freed(self, pasid):
         for group in list(self._groups.values()):
