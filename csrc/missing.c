@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <stdbool.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -126,9 +127,61 @@ int missing_place(int uffd, uint64_t vaddr, const void *content, uint64_t size, 
     return 0;
 }
 
+int missing_fill(int uffd, uint64_t vaddr, uint64_t size)
+{
+    uint64_t placed;
+    struct range range = {vaddr, size};
+    int err = missing_place(uffd, vaddr, NULL, size, &placed);
+    /* Who waits may have been told of before the page came: nobody else wakes it then. */
+    return err == -EEXIST ? ioctl(uffd, UFFDIO_WAKE, &range) ? -errno : 0 : err;
+}
+
 static bool is_set(const uint64_t *words, uint64_t page)
 {
     return words[page / 64] >> page % 64 & 1;
+}
+
+/* -EBUSY if any page of the kernel's is in memory or, for shared memory, in its file. */
+static int check_gone(char *start, uint64_t size)
+{
+    unsigned char there[4096];
+    uint64_t unit = sysconf(_SC_PAGESIZE), portion;
+    for (uint64_t at = 0; at < size; at += portion) {
+        portion = size - at < unit * sizeof(there) ? size - at : unit * sizeof(there);
+        if (mincore(start + at, portion, there))
+            return -errno;
+        for (uint64_t i = 0; i < portion / unit; i++)
+            if (there[i] & 1)
+                return -EBUSY;
+    }
+    return 0;
+}
+
+int missing_discard(uint64_t vaddr, uint64_t pgsize, const uint64_t *words, uint64_t npages, int shared)
+{
+    uint64_t page = 0;
+    while (page < npages) {
+        uint64_t word = words[page / 64] >> page % 64;
+        if (!word) {
+            page = page / 64 * 64 + 64;
+            continue;
+        }
+        page += __builtin_ctzll(word);
+        uint64_t first = page;
+        while (page < npages && is_set(words, page))
+            page++;
+        char *start = (char *)(uintptr_t)(vaddr + first * pgsize);
+        uint64_t size = (page - first) * pgsize;
+        int err = madvise(start, size, shared ? MADV_REMOVE : MADV_DONTNEED) ? -errno : check_gone(start, size);
+        if (err)
+            return err;
+    }
+    return 0;
+}
+
+int missing_keep_from_children(uint64_t vaddr, uint64_t size, int keep)
+{
+    return madvise((void *)(uintptr_t)vaddr, size, keep ? MADV_DONTFORK : MADV_DOFORK) ? -errno : 0;
 }
 
 void missing_unclaim(uint64_t *words, uint64_t first, uint64_t n)

@@ -17,6 +17,14 @@ int missing_next(int uffd, uint64_t *addresses, size_t max, int timeout);
 /* Place bytes, or zeros where `content` is NULL, and wake who waits.  *placed = bytes.  -EEXIST: a page is there already. */
 int missing_place(int uffd, uint64_t vaddr, const void *content, uint64_t size, uint64_t *placed);
 
+/* Zeros for a page, unless it is there already, and wake who waits for it. */
+int missing_fill(int uffd, uint64_t vaddr, uint64_t size);
+/* Throw the pages away whose bits are set: who touches one waits, if the memory is registered.  shared: memfd, else anonymous.
+ * -EBUSY: a page would not go (a huge page that can't be split, pinned, locked). */
+int missing_discard(uint64_t vaddr, uint64_t pgsize, const uint64_t *words, uint64_t npages, int shared);
+/* Leave the memory out of children, or not any more. */
+int missing_keep_from_children(uint64_t vaddr, uint64_t size, int keep);
+
 /* Test that the n pages' bits are set and clear them; false, and nothing is changed, where one is not. */
 int missing_claim(uint64_t *words, uint64_t npages, const uint64_t *runs, size_t n, uint64_t *total);
 void missing_unclaim(uint64_t *words, uint64_t first, uint64_t n);

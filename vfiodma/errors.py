@@ -117,6 +117,20 @@ class HandoverError(MigrationError):
     """EINPROGRESS: nobody knows yet whose the guest is; it stands still here."""
 
 
+class PostcopyError(MigrationError):
+    """The guest is the destination's, and a part of its memory does not come: it stands still where it touches that.
+
+    ECONNRESET, ETIMEDOUT, ...: the source is gone, or silent.  EOWNERDEAD: the destination's helper process is gone.
+
+    Attributes
+    ----------
+    missing : int
+        Pages that the destination lacks, as far as this side knows.
+    """
+
+    missing: int = 0
+
+
 class SnapshotError(VfioError):
     """A snapshot that can't be saved or loaded.
 

@@ -23,8 +23,14 @@ cdef extern from "missing.h" nogil:
     int missing_unregister(int uffd, uint64_t vaddr, uint64_t size)
     int missing_next(int uffd, uint64_t *addresses, size_t max, int timeout)
     int missing_place(int uffd, uint64_t vaddr, const void *content, uint64_t size, uint64_t *placed)
+    int missing_fill(int uffd, uint64_t vaddr, uint64_t size)
+    int missing_discard(uint64_t vaddr, uint64_t pgsize, const uint64_t *words, uint64_t npages, int shared)
+    int missing_keep_from_children(uint64_t vaddr, uint64_t size, int keep)
     int missing_claim(uint64_t *words, uint64_t npages, const uint64_t *runs, size_t n, uint64_t *total)
     void missing_unclaim(uint64_t *words, uint64_t first, uint64_t n)
+
+cdef extern from *:
+    int __builtin_popcountll(unsigned long long) nogil
 
 cdef extern from "pagehash.h" nogil:
     ctypedef struct pagehash_key:
@@ -229,14 +235,18 @@ cdef class PageHashes:
 
 
 cdef class MissingPages:
-    """Memory of which no page is there yet: who touches one waits until it is placed.
+    """Memory of which some pages are not there: who touches one waits until it is placed.
 
     Parameters
     ----------
     vaddr, size : int
-        Bytes; fresh memory that nobody has touched, anonymous or memfd.
+        Bytes; anonymous memory, or memfd that no other mapping touches.
+    missing : buffer
+        u64 words, bit 0 = the page at ``vaddr``: what these pages hold is thrown away.
     pgsize : int
-        Bytes of a page.
+        Bytes of a page; a multiple of the kernel's.
+    shared : bool
+        memfd; else anonymous.
 
     Attributes
     ----------
@@ -249,52 +259,95 @@ cdef class MissingPages:
         EPERM: userfaultfd is not for this user.
     UnsupportedError
         EOPNOTSUPP, ENOSYS: not with this kernel, or not for such memory (hugetlb).
+    BusyError
+        EBUSY: somebody else watches the memory, or a page can't be thrown away.  Some may have been.
 
     Notes
     -----
     The GIL is released.  A Python thread that touches a missing page, by a slice or ``memory.read``, waits *with* the GIL:
-    what places pages must be another process then, which got the descriptor by fork.  C code that released the GIL can be
-    served by a thread.  Other mappings of the same memory do not wait.  Source: userfaultfd(2), UFFDIO_COPY, UFFDIO_ZEROPAGE.
+    what places pages must be another process then, which got the descriptor by fork.  Pages that are neither missing nor
+    in memory (never written) are found by ``next`` as well, and are ``fill``'s.  Other mappings of the same memory do not
+    wait.  Any thread may ``close`` while others wait in ``next``.
+    Source: userfaultfd(2), UFFDIO_COPY, UFFDIO_ZEROPAGE; madvise(2), MADV_REMOVE, MADV_DONTNEED; mincore(2).
     """
-    cdef int uffd
+    cdef int uffd, users, closing
     cdef uint64_t *words
     cdef readonly uint64_t vaddr, size, pgsize, npages, left
-    cdef object lock
+    cdef object lock, placing
 
-    def __cinit__(self, vaddr, size, pgsize=4096):
+    def __cinit__(self, vaddr, size, missing, pgsize=4096, shared=True):
+        cdef Py_buffer view
+        cdef uint64_t i
         cdef int err
-        self.uffd = -1
+        cdef int is_shared = bool(shared)
+        self.uffd = self.closing = -1
         self.vaddr, self.size, self.pgsize = u64("missing", vaddr), u64("missing", size), u64("missing", pgsize)
         check_place("missing", self.vaddr, self.size, self.pgsize)
-        self.npages = self.left = self.size // self.pgsize
-        self.lock = threading.Lock()
+        self.npages = self.size // self.pgsize
+        self.lock, self.placing = threading.Lock(), threading.Lock()
         self.words = <uint64_t *> calloc((self.npages + 63) // 64, 8)
         if not self.words:
             raise_errno(ENOMEM, "missing")
-        missing_unclaim(self.words, 0, self.npages)
+        take_bitmap(missing, &view, self.npages)
+        memcpy(self.words, view.buf, (self.npages + 63) // 64 * 8)
+        PyBuffer_Release(&view)
+        if self.npages % 64:
+            self.words[self.npages // 64] &= (<uint64_t> 1 << self.npages % 64) - 1
+        for i in range((self.npages + 63) // 64):
+            self.left += __builtin_popcountll(self.words[i])
         self.uffd = missing_open()
         if self.uffd < 0:
             self.refuse(self.uffd)
         err = missing_register(self.uffd, self.vaddr, self.size)
         if err:
             self.refuse(-EOPNOTSUPP if err == -EINVAL else err)
+        with nogil:
+            err = missing_discard(self.vaddr, self.pgsize, self.words, self.npages, is_shared)
+        if err:
+            missing_unregister(self.uffd, self.vaddr, self.size)
+            raise_errno(-err, "missing", None, self.size, "pages can't be thrown away: they are locked, pinned, or parts of a "
+                        "huge page" if err in (-EBUSY, -EINVAL) else "")
 
     cdef int refuse(self, int err) except -1:
         hint = "this memory is watched by somebody else"
         if err in (-EOPNOTSUPP, -ENOSYS):
             hint = "the kernel can't wait for pages of this memory (userfaultfd can, for anonymous memory and memfd)"
         elif err == -EPERM:
-            hint = "userfaultfd is not for this user: sysctl vm.unprivileged_userfaultfd=1, or give access to /dev/userfaultfd"
+            hint = ("userfaultfd is not for this user: sysctl vm.unprivileged_userfaultfd=1, run with CAP_SYS_PTRACE, or give "
+                    "access to /dev/userfaultfd")
         return raise_errno(-err, "missing", None, self.size, hint)
+
+    cdef int enter(self) except -1:
+        """Return the descriptor, which stays open until leave()."""
+        with self.lock:
+            if self.uffd < 0:
+                raise_errno(EBADF, "missing")
+            self.users += 1
+            return self.uffd
+
+    cdef int leave(self) except -1:
+        with self.lock:
+            self.users -= 1
+            if not self.users and self.closing >= 0:
+                os.close(self.closing)
+                self.closing = -1
+        return 0
+
+    def fileno(self):
+        """Return the descriptor, readable when somebody waits."""
+        if self.uffd < 0:
+            raise_errno(EBADF, "missing")
+        return self.uffd
 
     def next(self, timeout=1.0):
         """Return the numbers of pages that somebody waits for, after at most ``timeout`` seconds; an empty list if nobody."""
         cdef uint64_t addresses[64]
-        cdef int n, wait = int(min(timeout, 3600) * 1000), fd = self.uffd
-        if fd < 0:
-            raise_errno(EBADF, "missing")
-        with nogil:
-            n = missing_next(fd, addresses, 64, wait)
+        cdef int n, wait = int(min(timeout, 3600) * 1000), fd = self.enter()
+        try:
+            with nogil:
+                n = missing_next(fd, addresses, 64, wait)
+        finally:
+            self.leave()
         if n < 0:
             raise_errno(-n, "missing")
         return sorted({(addresses[i] - self.vaddr) // self.pgsize for i in range(n)})
@@ -313,6 +366,37 @@ cdef class MissingPages:
             for i in range((self.npages + 63) // 64):
                 (<uint64_t *> view.buf)[i] |= self.words[i]
         PyBuffer_Release(&view)
+
+    def fill(self, page):
+        """Place zeros for a page that was never written, unless it is there already, and wake who waits.
+
+        Returns
+        -------
+        bool
+            False, and nothing is done: the page is missing, so it is not zero.
+        """
+        cdef uint64_t number = u64("missing", page), placed
+        cdef int err = 0, fd
+        if number >= self.npages:
+            raise_errno(EINVAL, "missing", None, None, f"there is no page {number}")
+        fd = self.enter()
+        try:
+            with self.placing:      # a page that is being placed is not counted as missing any more
+                if self.is_missing(number):
+                    return False
+                with nogil:
+                    err = missing_fill(fd, self.vaddr + number * self.pgsize, self.pgsize)
+        finally:
+            self.leave()
+        if err:
+            raise_errno(-err, "missing")
+        return True
+
+    def keep_from_children(self, keep=True):
+        """Leave the memory out of processes that are forked from here on, or not any more."""
+        cdef int err = missing_keep_from_children(self.vaddr, self.size, bool(keep))
+        if err:
+            raise_errno(-err, "missing", None, self.size)
 
     def place(self, runs, content=None):
         """Place pages, and wake who waits for them.
@@ -336,10 +420,14 @@ cdef class MissingPages:
         cdef uint64_t *run
         cdef const char *at = NULL
         cdef Py_ssize_t n, i = 0
-        cdef int err
-        if self.uffd < 0:
-            raise_errno(EBADF, "missing")
-        acquire_rows(runs, &rows, 2, &n, "missing")
+        cdef int err, fd
+        fd = self.enter()
+        try:
+            acquire_rows(runs, &rows, 2, &n, "missing")
+        except BaseException:
+            self.leave()
+            raise
+        self.placing.acquire()
         try:
             run = <uint64_t *> rows.buf
             if content is not None:
@@ -357,7 +445,7 @@ cdef class MissingPages:
                 with nogil:
                     for i in range(n):
                         size = run[2 * i + 1] * self.pgsize
-                        err = missing_place(self.uffd, self.vaddr + run[2 * i] * self.pgsize, at, size, &placed)
+                        err = missing_place(fd, self.vaddr + run[2 * i] * self.pgsize, at, size, &placed)
                         done += placed // self.pgsize
                         if err:
                             break
@@ -370,12 +458,14 @@ cdef class MissingPages:
                         missing_unclaim(self.words, run[2 * i] + placed, run[2 * i + 1] - placed)
                         for j in range(i + 1, n):
                             missing_unclaim(self.words, run[2 * j], run[2 * j + 1])
-                        raise_errno(-err, "missing", None, None, "somebody else put something there: memory must be fresh, "
-                                    "and touched through this mapping only" if err == -EEXIST else "")
+                        raise_errno(-err, "missing", None, None, "somebody else put something there: memory must be "
+                                    "touched through this mapping only" if err == -EEXIST else "")
             finally:
                 if content is not None:
                     PyBuffer_Release(&data)
         finally:
+            self.placing.release()
+            self.leave()
             PyBuffer_Release(&rows)
 
     def close(self, abandon=False):
@@ -386,12 +476,17 @@ cdef class MissingPages:
         BusyError
             EBUSY: pages are left.  With ``abandon``, whoever waits for one finds zeros.
         """
-        if self.uffd >= 0 and self.left and not abandon:
-            raise_errno(EBUSY, "missing", None, None, f"{self.left} pages are not there yet")
-        fd, self.uffd = self.uffd, -1
-        if fd >= 0:
-            missing_unregister(fd, self.vaddr, self.size)
-            os.close(fd)
+        with self.lock:
+            fd = self.uffd
+            if fd >= 0 and self.left and not abandon:
+                raise_errno(EBUSY, "missing", None, None, f"{self.left} pages are not there yet")
+            self.uffd = -1
+            if fd >= 0:
+                missing_unregister(fd, self.vaddr, self.size)
+                if self.users:
+                    self.closing = fd
+                else:
+                    os.close(fd)
 
     def __dealloc__(self):
         if self.uffd >= 0:

@@ -35,7 +35,10 @@ class Round:
 
 @dataclass
 class Stage:
-    """A part of the migration begins: "introduce", "rounds", "prepare", "stopped", "moved", "release", "given"."""
+    """A part of the migration begins.
+
+    "introduce", "rounds", "prepare", "stopped", "moved", "release", "given"; with post-copy "pushing" after that.
+    """
 
     name: str
 
@@ -63,6 +66,36 @@ class Throttled:
 
 
 @dataclass
+class PostcopyBegun:
+    """The guest is the destination's, and so many pages of it are not."""
+
+    pages: int
+    reason: str
+
+
+@dataclass
+class PostcopyProgress:
+    """Pages went out after the hand-over; about once a second."""
+
+    left: int           #: pages
+    faults: int         #: pages that somebody waited for, so far
+
+
+@dataclass
+class PostcopyDone:
+    """Every page is where the guest is."""
+
+    pages: int = 0                  #: sent with content, after the hand-over
+    zero_pages: int = 0
+    bytes: int = 0                  #: on the wire
+    seconds: float = 0.0
+    faults: int = 0                 #: pages that somebody waited for
+    fault_median: float = 0.0       #: seconds from the fault to the page, as the destination's helper sees it
+    fault_max: float = 0.0
+    breaks: int = 0                 #: connections that were lost meanwhile
+
+
+@dataclass
 class MigrationResult:
     """What a migration took; the last of its events."""
 
@@ -76,9 +109,11 @@ class MigrationResult:
     bytes: int = 0
     seconds: float = 0.0
     breaks: int = 0                 #: connections that were lost on the way
+    postcopy: PostcopyDone | None = None    #: where the guest was given away before all memory had come
 
 
-Event = Progress | Round | Stage | Broken | Resumed | Throttled | Forecast | MigrationResult
+Event = (Progress | Round | Stage | Broken | Resumed | Throttled | Forecast | PostcopyBegun | PostcopyProgress
+         | PostcopyDone | MigrationResult)
 
 
 def summary(event: Event) -> dict[str, Any]:

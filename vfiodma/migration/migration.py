@@ -14,7 +14,8 @@ from ..memory import GuestMemory
 from .device_group import DeviceStates
 from .events import Event, MigrationResult, Progress
 from .layout import MemoryLayout
-from .precopy import Machine, PrecopySource, Tracker
+from .machine import Machine, Tracker
+from .precopy import PrecopySource
 from .tracker import DirtyTracker
 from .transport import connect
 
@@ -40,7 +41,8 @@ class Migration:
     devices : DeviceStates, optional
         VFIO devices whose state goes along.
     verify : bool
-        Compare the SHA-256 of all memory before the guest is given away: time in which it stands still.
+        Compare the SHA-256 of all memory before the guest is given away: time in which it stands still.  Not after a
+        switch to post-copy.
     on_event : callable, optional
         Called with each event, in the thread that runs the migration.
     transport_options : mapping, optional
@@ -93,6 +95,8 @@ class Migration:
             It failed (ECANCELED: by ``cancel``); the guest runs on here.
         HandoverError
             EINPROGRESS: the destination was given the guest, and did not answer: ``source.settle`` asks again.
+        PostcopyError
+            The guest is the destination's, which lacks pages: keep the memory; ``source.push`` goes on.
         """
         return self._run(self._on_event)
 
@@ -116,6 +120,19 @@ class Migration:
             self._paused = False
             if self.source is not None:
                 self.source.unpause()
+
+    def switch_to_postcopy(self) -> None:
+        """Give the guest away now, and the rest of its memory afterwards; ``postcopy=True`` allows it.
+
+        Raises
+        ------
+        InvalidArgumentError
+            EINVAL: it was not allowed, or the migration has not begun.
+        """
+        with self._lock:
+            if self.source is None:
+                raise error(errno.EINVAL, "switch_to_postcopy", hint="the migration has not begun")
+            self.source.switch_to_postcopy()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Run it in a thread; yield its events, the MigrationResult last.
@@ -173,13 +190,15 @@ class Migration:
             source.introduce(self._memory, self._pgsize)
             result = source.migrate(layout, self._make_tracker(layout), self._machine, self._states,
                                     self._devices)
-            if self._verify:
+            if self._verify and not source.switched:
                 here, there = source.verify(layout)
                 if here != there:
                     source.abort()
                     raise MigrationError(errno.EBADMSG, operation="verify",
                                          hint="the memory differs between both sides; the guest runs on here")
             source.release()
+            if source.switched:
+                result.postcopy = source.push()
             self.result = result
             on_event(result)
             return result

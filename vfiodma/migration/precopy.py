@@ -4,61 +4,48 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from .._core.bitmap import DirtyBitmap
 from .._core.errno import error
-from ..errors import HandoverError, MigrationError, VfioError
+from ..errors import MigrationError, PostcopyError, VfioError
 from ..memory import GuestMemory
 from . import stream
 from .bandwidth import BandwidthLimit
-from .channel import FrameChannel, gave_up
+from .channel import FrameChannel
 from .compression import offer as offer_compression
 from .convergence import Convergence, DowntimeBreakdown, Policy, Sample, Step
 from .device_group import DeviceStates
-from .events import Broken, Event, MigrationResult, Progress, Resumed, Round, Stage, Throttled
-from .handover import Journal, SourceHandover, SourceState
-from .joining import close_channels, connect_channels
+from .events import (
+    Broken,
+    Event,
+    MigrationResult,
+    PostcopyBegun,
+    PostcopyDone,
+    Progress,
+    Resumed,
+    Round,
+    Stage,
+    Throttled,
+)
+from .handover import Journal, SourceState
+from .joining import close_channels
 from .layout import MemoryLayout
 from .ledger import Ledger
+from .machine import Machine, Tracker
+from .postcopy_source import PagePusher, Postcopy
 from .sender import PageSender
 from .sharing import NothingToTrack, share
-from .stream import Compression, Hello, Kind, Phase, Ready
+from .source_link import SourceLink
+from .stream import Done, Hello, Kind, Phase, Totals
 
 _KEEPALIVE = 1.0            # seconds between signs of life while paused
-_BACKOFF = 0.05, 2.0        # seconds between attempts to connect again: the first, the longest
 #: Why a destination gave a connection up, where another connection may do better.
 _CURABLE = {errno.EPROTO, errno.EBADMSG, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE}
 
 
-class Tracker(Protocol):
-    """Where dirty pages come from: DirtyTracker, or anything like it."""
-
-    def start(self) -> None:
-        """Start; called before the first page is sent."""
-
-    def harvest(self, into: DirtyBitmap) -> int:
-        """OR what was written since the last call into the bitmap."""
-
-    def stop(self) -> None:
-        """Stop; idempotent."""
-
-
-class Machine(Protocol):
-    """What is migrated: whoever writes into the memory."""
-
-    def stop(self) -> None:
-        """Return when nothing is written any more."""
-
-    def resume(self) -> None:
-        """Go on after a stop: the migration failed."""
-
-    def state(self) -> Mapping[str, bytes]:
-        """Return the named states that the destination needs; called after ``stop``."""
-
-
-class PrecopySource:
+class PrecopySource(SourceLink):
     """Move guest memory to a PageReceiver while devices write into it.
 
     Parameters
@@ -91,6 +78,8 @@ class PrecopySource:
     share_memory : bool
         Give the memory itself to a destination on the same host, over ``unix:``, instead of its content: nothing is
         copied, and only states move.  Regions are of memfd, hugetlb or files.
+    postcopy : Postcopy or bool
+        Allow a switch to post-copy (docs/postcopy.md): the guest goes on at the destination before all memory is there.
     journal : Journal, optional
         Where it is written down that the guest was given away, so that a restarted process knows: a source that is made
         with the journal of a process that was killed after ``release`` began can ``settle``, and must before it
@@ -107,7 +96,8 @@ class PrecopySource:
 
     Notes
     -----
-    ``introduce``, ``migrate``, then ``verify`` and ``release``.  Up to ``release`` this side owns the guest: a failure
+    ``introduce``, ``migrate``, then ``verify`` and ``release``; where it ``switched`` to post-copy, ``push`` instead of
+    ``verify``, after ``release``.  Up to ``release`` this side owns the guest: a failure
     resumes the devices, puts the pages in flight back into ``ledger.pending`` and raises MigrationError.  ``cancel``,
     ``pause`` and ``unpause`` may be called from any thread.
     """
@@ -117,35 +107,30 @@ class PrecopySource:
                  checksum: str = "auto", compression: str = "none", channels: int = 1,
                  bandwidth_limit: float | None = None, connect: Callable[[], Any] | None = None,
                  reconnect_timeout: float = 30.0,
-                 share_memory: bool = False, journal: Journal | None = None,
+                 share_memory: bool = False, postcopy: "Postcopy | bool" = False, journal: Journal | None = None,
                  on_event: Callable[[Event], object] | None = None) -> None:
-        if reconnect_timeout < 0:
-            raise error(errno.EINVAL, "migrate", hint="reconnect_timeout is not negative")
         if not 1 <= channels <= stream.MAX_CHANNELS or (channels > 1 and connect is None):
             raise error(errno.EINVAL, "migrate", hint=f"channels is 1 ... {stream.MAX_CHANNELS}; more than one need "
                         "`connect`")
-        self._channel = FrameChannel(transport)
-        self._offer = stream.offer(checksum)
-        self._compressions, self._compression = offer_compression(compression), Compression.NONE
+        if postcopy and share_memory:
+            raise error(errno.EINVAL, "migrate", hint="shared memory is there at once: post-copy has nothing to do")
+        super().__init__(transport, connect, reconnect_timeout, journal, on_event)
+        self._offer, self._compressions = stream.offer(checksum), offer_compression(compression)
         self._channels = channels
-        self._further: list[FrameChannel] = []
         self.limit = BandwidthLimit(bandwidth_limit)
-        self._connect, self._reconnect_timeout = connect, reconnect_timeout
-        self._opened: list[Any] = []        # transports of connect()
         self._shares = share_memory
-        self._journal = journal or Journal()
-        self._on_event = on_event or (lambda _: None)
+        self._postcopy = Postcopy() if postcopy is True else postcopy or None
+        self._switch, self._reason = threading.Event(), ""      # to post-copy, and why
+        self._cut: Totals | None = None         # of a round that was cut for it, and is not acknowledged
+        self._pusher: PagePusher | None = None
+        self._pushing_over: FrameChannel | None = None          # the connection that the guest was given over
         self.convergence = Convergence(policy or Policy(downtime_limit, max_rounds))
         self._throttle, self._throttled = throttle or (lambda _: None), 0.0
         self._devices: DeviceStates | None = None      # while they save their states
         self._began = self._harvested_at = self._paused = 0.0
-        self._hello = self._earlier()
-        self.handover = self._taking(self._hello) if self._hello else SourceHandover(Journal(), "")
         self.ledger: Ledger | None = None
         self._machine: Machine | None = None
         self._sender: PageSender | None = None
-        self._epoch = 0                     # number of acknowledged ones
-        self._bytes = 0                     # sent over connections that are closed
         self._cancelled, self._running = threading.Event(), threading.Event()
         self._running.set()
 
@@ -165,7 +150,8 @@ class PrecopySource:
             self._check_cancel()
             self._on_event(Stage("introduce"))
             hello = Hello(pgsize, os.urandom(16), layout.shape, self._offer, os.urandom(16), self._compressions,
-                          1 if self._shares else self._channels, shares=self._shares)
+                          1 if self._shares else self._channels, shares=self._shares,
+                          postcopy=self._postcopy is not None)
             self.handover = self._taking(hello)
             self._greet(hello)
             if self._shares:
@@ -218,7 +204,7 @@ class PrecopySource:
                             devices.start()
                             self._devices = devices
                         self._rounds(layout, tracker, states or {}, result)
-                        self._switch_over(layout, tracker, machine, result)
+                        self._switch_over(layout, tracker, machine, states or {}, result)
                     break
                 except MigrationError as exc:
                     self._stay()
@@ -243,6 +229,8 @@ class PrecopySource:
 
     def verify(self, layout: MemoryLayout) -> tuple[bytes, bytes]:
         """Return the SHA-256 of all memory here and there, taken at the same time."""
+        if self._pusher is not None:
+            raise error(errno.EINVAL, "verify", hint="memory comes later: each of its frames has a checksum")
         try:
             with self._failing("verify"):
                 self._channel.send(Kind.VERIFY)
@@ -281,6 +269,75 @@ class PrecopySource:
         except MigrationError as exc:
             self._settle(exc)
 
+    @property
+    def switched(self) -> bool:
+        """Whether it switched to post-copy: after ``release``, ``push``."""
+        return self._pusher is not None
+
+    def switch_to_postcopy(self) -> None:
+        """From any thread: stop the guest now, and give it away before its memory; ``postcopy`` must allow it."""
+        if self._postcopy is None:
+            raise error(errno.EINVAL, "switch_to_postcopy", hint="it was not allowed: PrecopySource(postcopy=True)")
+        self._reason = self._reason or "asked for"
+        self._switch.set()
+        self._running.set()
+
+    def push(self, transport: Any = None) -> PostcopyDone:
+        """Send what the destination lacks, what somebody waits for there first; return when it has everything.
+
+        Parameters
+        ----------
+        transport : Transport, optional
+            Another connection, after a failure; closed by the caller.
+
+        Raises
+        ------
+        PostcopyError
+            The destination is gone, or silent, for longer than reconnecting may take.  The guest is the destination's
+            all the same, and its memory is only here: keep it, and ``push`` again.
+        """
+        pusher = self._pusher
+        if pusher is None or self.handover.state is not SourceState.GIVEN:
+            raise error(errno.EINVAL, "push", hint="the guest was not given away by post-copy")
+        began, heard = time.perf_counter(), None
+        close_channels(self._further)
+        if transport is not None:
+            self._connected(transport)
+            self._again()
+        self._on_event(Stage("pushing"))
+        self._on_event(PostcopyBegun(pusher.missing, self._reason))
+        while heard is None:
+            heard = self._push(pusher)
+        done = pusher.done
+        done.seconds += time.perf_counter() - began
+        done.faults, done.fault_median, done.fault_max = heard.faults, heard.median / 1e9, heard.longest / 1e9
+        self._on_event(done)
+        return done
+
+    def _push(self, pusher: PagePusher) -> "Done | None":
+        """Push over this connection; None: there is another one."""
+        try:
+            with self._failing("push"):
+                return pusher.run(self._channel, self._channel is not self._pushing_over)
+        except MigrationError as exc:
+            failure = exc
+        try:
+            if not _curable(failure):
+                raise failure
+            self._on_event(Broken(failure))
+            pusher.done.breaks += 1
+            for _ in self._connections(failure):
+                with contextlib.suppress(MigrationError), self._failing("push"):
+                    self._again()
+                    return None
+        except MigrationError as exc:
+            lost = PostcopyError(exc.errno, operation="push", hint=(
+                f"{exc.hint or exc.strerror}; the guest is the destination's, which lacks {pusher.missing} pages: keep "
+                "them, and push() again"))
+            lost.missing = pusher.missing
+            raise lost from exc
+        return None
+
     def settle(self, transport: Any = None) -> None:
         """Ask the destination once more whose the guest is; raises as ``release``.
 
@@ -306,6 +363,8 @@ class PrecopySource:
         if self.handover.state is not SourceState.STOPPED:
             raise error(errno.EINVAL, "abort", hint=f"the guest is {self.handover.state.name} here")
         self._stay()
+        if self.ledger is not None:
+            self.ledger.put_back()
         self._tell_abort()
 
     def cancel(self) -> None:
@@ -321,18 +380,6 @@ class PrecopySource:
         """Go on."""
         self._running.set()
 
-    def close(self) -> None:
-        """Close the connections that ``connect`` opened; idempotent."""
-        close_channels(self._further)
-        while self._opened:
-            self._opened.pop().close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     # Rounds
 
     def _rounds(self, layout: MemoryLayout, tracker: Tracker, states: Mapping[str, bytes],
@@ -342,11 +389,18 @@ class PrecopySource:
         note_sent = getattr(tracker, "note_sent", None) if getattr(tracker, "compares", False) else None
         self._sender = PageSender([self._channel, *self._further], layout, compression=self._compression,
                                   limit=self.limit, stop=self._cancelled.is_set, hold=self._is_paused,
-                                  note_sent=note_sent, on_progress=self._on_chunk)
+                                  cut=self._is_cut if self._postcopy else None, note_sent=note_sent,
+                                  on_progress=self._on_chunk)
         self._on_event(Stage("rounds"))
         prepared, step = False, Step.CONTINUE
-        while step is Step.CONTINUE:
+        self._cut = self._pusher = None
+        if self._postcopy and self._postcopy.after_rounds == 0:
+            self._reason = "no rounds were wanted"
+            self._switch.set()
+        while step is Step.CONTINUE and not self._switch.is_set():
             done = self._round(layout, tracker, {} if result.rounds else states)
+            if done is None:
+                break
             result.rounds.append(done)
             loading = self._expect_device_states()
             decision = self.convergence.decide(time.perf_counter() - self._began)
@@ -354,7 +408,11 @@ class PrecopySource:
             done.predicted_downtime, done.band = prediction.total, (prediction.low, prediction.high)
             done.limit, done.dirty_rate, done.reason = decision.limit, self.convergence.dirty_rate, decision.reason
             self._on_event(done)
-            if step is Step.CANCEL:
+            if self._postcopy and (reason := self._postcopy.reason(
+                    decision, self.convergence.rounds, self.convergence.policy, self.convergence.forecast)):
+                self._reason = reason
+                self._switch.set()
+            elif step is Step.CANCEL:
                 raise MigrationError(errno.ETIME, operation="migrate", hint=f"{decision.reason}: "
                                      f"{self.convergence.forecast()}; the guest runs on here")
             self._tell_throttle(decision.throttle)
@@ -364,8 +422,11 @@ class PrecopySource:
                 prepared = True
             if loading and step is Step.SWITCH and self.convergence.rounds < self.convergence.policy.max_rounds:
                 step = Step.CONTINUE        # devices have told that they are not ready to be stopped
-        result.predicted_downtime, result.band = prediction.total, (prediction.low, prediction.high)
-        result.limit, result.converged = decision.limit, step is Step.SWITCH
+            result.predicted_downtime, result.band = prediction.total, (prediction.low, prediction.high)
+            result.limit = decision.limit
+        if not prepared:
+            self._prepare()
+        result.converged = step is Step.SWITCH
 
     def _expect_device_states(self) -> bool:
         """Tell the estimator what devices have left; return whether some have bytes to be read before a stop."""
@@ -388,7 +449,8 @@ class PrecopySource:
         self._channel.send(Kind.PREPARE, epoch=self._epoch)
         self._channel.answer(Kind.PREPARED, epoch=self._epoch)
 
-    def _switch_over(self, layout: MemoryLayout, tracker: Tracker, machine: Machine, result: MigrationResult) -> None:
+    def _switch_over(self, layout: MemoryLayout, tracker: Tracker, machine: Machine, states: Mapping[str, bytes],
+                     result: MigrationResult) -> None:
         assert self.ledger is not None
         self._check()
         self._on_event(Stage("stopped"))
@@ -400,7 +462,12 @@ class PrecopySource:
         stopped = time.perf_counter()
         tracker.harvest(self.ledger.pending)
         scanned = time.perf_counter()
-        done = self._round(layout, None, machine.state())
+        if self._switch.is_set():
+            self._pusher = self._leave(layout)
+        # Named states have gone with the first round, if there was one.
+        first = {} if self._epoch or self._cut else states
+        done = self._round(layout, None, {**first, **machine.state()})
+        assert done is not None
         end = time.perf_counter()
         result.downtime = end - down
         result.breakdown = DowntimeBreakdown(stopped - down, scanned - stopped, self._sent_at - self._state_at,
@@ -409,8 +476,25 @@ class PrecopySource:
         result.rounds.append(done)
         self._on_event(done)
 
-    def _round(self, layout: MemoryLayout, tracker: Tracker | None, states: Mapping[str, bytes]) -> Round:
-        """Send everything pending as one epoch; without a tracker nothing runs, and it is the last one."""
+    def _is_cut(self) -> bool:
+        return self._switch.is_set() and self.handover.state is SourceState.RUNNING
+
+    def _leave(self, layout: MemoryLayout) -> PagePusher:
+        """Return what will send all that the destination lacks, after the hand-over."""
+        assert self.ledger is not None and self._sender is not None
+        left = DirtyBitmap(layout.nbits, layout.pgsize)
+        left.merge(self.ledger.pending)
+        if self._cut is not None and self._sender.rest is not None:
+            left.merge(self._sender.rest)
+        self.ledger.take()      # until the destination owns the guest, it is this side's to send
+        return PagePusher(layout, left, self._epoch + 1, limit=self.limit, compression=self._compression,
+                          paused=lambda: not self._running.is_set(), on_event=self._on_event)
+
+    def _round(self, layout: MemoryLayout, tracker: Tracker | None, states: Mapping[str, bytes]) -> Round | None:
+        """Send everything pending as one epoch; without a tracker nothing runs, and it is the last one.
+
+        None: it was cut for post-copy, and goes on as the last one.
+        """
         assert self.ledger is not None and self._sender is not None
         began, before, epoch = time.perf_counter(), self._sent(), self._epoch
         for name, data in states.items():
@@ -420,13 +504,22 @@ class PrecopySource:
                 self.limit.spend(len(chunk), self._check_cancel)
                 self._channel.send(Kind.STATE, stream.encode_state_name(name), chunk, epoch=epoch)
         state, of_states, paused = time.perf_counter(), self._sent(), self._paused
-        totals = self._sender.send(self.ledger.take(), epoch)
+        if self._pusher is None:
+            totals = self._sender.send(self.ledger.take(), epoch)
+        else:
+            totals = self._cut or self._sender.send(DirtyBitmap(layout.nbits, layout.pgsize), epoch)
+            self._pusher.tell(self._channel, epoch)
+        if tracker is not None and self._sender.rest is not None:
+            self._cut = totals
+            return None
         sent, page_bytes, paused = time.perf_counter(), self._sent() - of_states, self._paused - paused
         self._state_at, self._sent_at = state, sent
-        self._channel.send(Kind.END, stream.encode_totals(totals), epoch=epoch, flags=0 if tracker else stream.FINAL)
+        self._channel.send(Kind.END, stream.encode_totals(totals), epoch=epoch,
+                           flags=0 if tracker else stream.FINAL | (stream.LATER if self._pusher else 0))
         if stream.decode_totals(self._channel.answer(Kind.ACK, epoch=epoch)[1]) != totals:
             raise stream.damaged(f"the acknowledgement of epoch {epoch} has other totals")
-        self.ledger.retire()
+        if self._pusher is None:
+            self.ledger.retire()
         self._epoch += 1
         acked = time.perf_counter()
         if tracker is not None:
@@ -465,6 +558,16 @@ class PrecopySource:
         if self._cancelled.is_set():
             raise MigrationError(errno.ECANCELED, operation="migrate", hint="it was cancelled; the guest runs on here")
 
+    def _check_wanted(self) -> None:
+        if self.handover.state is SourceState.RUNNING:
+            self._check_cancel()
+
+    def _nap(self, seconds: float) -> None:
+        if self.handover.state is SourceState.RUNNING:
+            self._cancelled.wait(seconds)
+        else:           # a cancel comes too late, and is no reason to hurry
+            super()._nap(seconds)
+
     def _stay(self) -> None:
         """The guest runs on here, if it was stopped."""
         stopped = self.handover.state is SourceState.STOPPED
@@ -482,81 +585,7 @@ class PrecopySource:
             if machine is not None:
                 machine.resume()
 
-    # The journal
-
-    @contextlib.contextmanager
-    def _written(self, consequence: str) -> Any:
-        """Turn a failure of the file system into MigrationError."""
-        try:
-            yield
-        except VfioError:
-            raise
-        except OSError as exc:
-            raise MigrationError(exc.errno or errno.EIO, operation="release",
-                                 hint=f"the journal can't be written: {consequence}") from exc
-
-    def _taking(self, hello: Hello) -> SourceHandover:
-        """What the journal says of a stream, and will say."""
-        return SourceHandover(self._journal, hello.stream_id.hex(), hello=stream.encode_hello(hello).hex())
-
-    def _earlier(self) -> Hello | None:
-        """Return the stream that an earlier process gave its guest away in, if one did."""
-        record = self._journal.read()
-        if not record:
-            return None
-        try:
-            SourceState(record["state"])
-            return stream.decode_hello(bytes.fromhex(record["hello"]))
-        except (LookupError, TypeError, ValueError, VfioError):
-            raise error(errno.EBADMSG, "journal", hint=f"{self._journal.path} is no record of a source") from None
-
     # Connections
-
-    def _greet(self, hello: Hello) -> Ready:
-        self._channel.send(Kind.HELLO, stream.encode_hello(hello))
-        ready = stream.decode_ready(self._channel.answer(Kind.READY)[1], hello)
-        self._channel.checksum, self._compression = ready.checksum, ready.compression
-        if self._connect is not None:
-            self._further = connect_channels(self._connect, self._channel.transport, hello, ready)
-        return ready
-
-    def _connected(self, transport: Any) -> None:
-        self._bytes += self._sent()
-        close_channels(self._further)
-        self._channel, self._further = FrameChannel(transport), []
-
-    def _sent(self) -> int:
-        """Bytes sent over the connections that are open."""
-        return sum(channel.bytes_sent for channel in (self._channel, *self._further))
-
-    def _again(self) -> Ready:
-        """Greet the destination over a new connection, and compare what both know."""
-        assert self._hello is not None
-        asks = self.handover.state is SourceState.COMMITTING
-        return self._greet(self._hello._replace(resume=True, epochs=self._epoch, asks=asks))
-
-    def _connections(self, failure: MigrationError) -> Iterator[None]:
-        """A new connection for each turn, until the time is over: then the failure is raised."""
-        if self._connect is None:
-            raise failure
-        until, wait = time.monotonic() + self._reconnect_timeout, _BACKOFF[0]
-        close_channels([self._channel, *self._further])     # the destination is to notice as well
-        while True:
-            if self.handover.state is SourceState.RUNNING:
-                self._check_cancel()
-            with contextlib.suppress(VfioError):
-                transport = self._connect()
-                self.close()
-                self._opened.append(transport)
-                self._connected(transport)
-                yield
-            if time.monotonic() >= until:
-                raise failure
-            if self.handover.state is SourceState.RUNNING:
-                self._cancelled.wait(wait)
-            else:           # a cancel comes too late, and is no reason to hurry
-                time.sleep(wait)
-            wait = min(wait * 2, _BACKOFF[1])
 
     def _go_on(self, failure: MigrationError, result: MigrationResult) -> None:
         """Get a connection again after a failure in a round, and put the ledger right."""
@@ -581,10 +610,11 @@ class PrecopySource:
             if ready.phase is Phase.OWNER or ready.epochs not in (self._epoch, self._epoch + 1):
                 raise stream.damaged(f"the destination is {ready.phase.name} after {ready.epochs} epochs, "
                                      f"{self._epoch} were acknowledged")
-            if ready.epochs > self._epoch:      # only the acknowledgement was lost
+            if ready.epochs > self._epoch and self._pusher is None:      # only the acknowledgement was lost
                 self.ledger.retire()
                 self._epoch = ready.epochs
             else:
+                self._epoch = ready.epochs
                 again = self.ledger.in_flight.count()
                 self.ledger.put_back()
             self._on_event(Resumed(ready.epochs, again))
@@ -593,6 +623,7 @@ class PrecopySource:
     def _say_run(self) -> None:
         """Give the guest, and hear what became of it."""
         self._channel.send(Kind.RUN)
+        self._pushing_over = self._channel
         header, _ = self._channel.answer(Kind.STARTED, Kind.ABORTED)
         self._settled(Phase.OWNER if header.kind is Kind.STARTED else Phase.ABORTED)
 
@@ -634,34 +665,6 @@ class PrecopySource:
         if self.handover.state is not SourceState.COMMITTING:
             raise exc
 
-    def _in_doubt(self) -> HandoverError:
-        return HandoverError(errno.EINPROGRESS, operation="release",
-                             hint="the destination was told that it owns the guest, and did not answer: the guest "
-                                  "stands still here until settle() has asked")
-
-    def _tell_abort(self) -> None:
-        """Tell the destination that it will never run the guest; that it hears it is not needed."""
-        with contextlib.suppress(VfioError):
-            self._channel.send(Kind.ABORT)
-            self._channel.answer(Kind.ABORTED)
-
-    @contextlib.contextmanager
-    def _failing(self, operation: str) -> Any:
-        """Turn a loss of the peer into MigrationError, with the peer's own words where it left some."""
-        try:
-            yield
-        except VfioError as exc:
-            if exc.errno in (errno.ECONNRESET, errno.EPIPE):
-                told = None
-                with contextlib.suppress(VfioError):
-                    self._channel.transport.interrupt(receiving=False)     # it may still wait for more
-                    told = gave_up(self._channel.receive(Kind.ERROR)[1])
-                if told is not None:
-                    raise told from exc
-            if isinstance(exc, MigrationError):
-                raise
-            raise MigrationError(exc.errno, exc.strerror, operation=exc.operation or operation, iova=exc.iova,
-                                 size=exc.size, hint=exc.hint) from exc
 
 
 def _curable(exc: MigrationError) -> bool:

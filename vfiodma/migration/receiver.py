@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
+from .._core.bitmap import DirtyBitmap
 from .._core.copy import PageBoard
 from .._core.errno import error
 from ..errors import MigrationError, VfioError
@@ -15,10 +16,13 @@ from .channel import FrameChannel
 from .compression import agree as agree_on_compression
 from .compression import offer as offer_compression
 from .device_group import DeviceSinks
+from .events import Event, PostcopyDone
 from .handover import DestinationHandover, Journal
 from .intake import ChannelIntake, open_boards, take_epoch
 from .joining import accept_channels, accept_good, close_channels
 from .layout import MemoryLayout
+from .pagebits import take_bits
+from .postcopy_destination import MissingMemory, check_memory
 from .prefault import Prefault
 from .sharing import take
 from .stream import Hello, Kind, Phase, Ready, Totals, damaged
@@ -53,13 +57,19 @@ class PageReceiver:
     take_memory : callable, optional
         Called with the source's own GuestMemory, where it shares it (same host, ``unix:``), instead of ``make_memory``;
         it may refuse, and is to keep it.  Without it, such a source is refused.
+    postcopy : bool
+        Allow the source to give the guest away before all memory is there (docs/postcopy.md): then the guest runs, who
+        touches a missing page waits, and ``finish`` waits for the rest.  Without it, a source that may want to is
+        refused.  Not where devices of the kernel reach the memory (``refuse_kernel_devices``).
+    on_postcopy : callable, optional
+        Called with PostcopyProgress and PostcopyDone, in a thread of its own.
     on_state : callable, optional
         Called with (name, bytes) of each state; again with a newer one, when the source had to go on.
     on_prepare : callable, optional
         Called before the source stops its devices: what takes long and can be done before, is done now.
     on_switch : callable, optional
         Called when all memory is there, before the last acknowledgement: make ready to run.  Called again when the
-        source had to go on after that.
+        source had to go on after that.  With ``postcopy``, pages are missing or old then: don't look into memory.
 
     Attributes
     ----------
@@ -84,6 +94,7 @@ class PageReceiver:
                  accept: Callable[[float], Any] | None = None, channels: int = 8, journal: Journal | None = None,
                  devices: DeviceSinks | None = None,
                  take_memory: Callable[[GuestMemory], object] | None = None,
+                 postcopy: bool = False, on_postcopy: Callable[[Event], object] | None = None,
                  on_state: Callable[[str, bytes], object] | None = None,
                  on_prepare: Callable[[], object] | None = None,
                  on_switch: Callable[[], object] | None = None) -> None:
@@ -99,6 +110,10 @@ class PageReceiver:
         self._boards: list[PageBoard] = []
         self._intakes: list[ChannelIntake] = []
         self._devices, self._take_memory = devices, take_memory
+        self._postcopy, self._on_postcopy = postcopy, on_postcopy
+        self._left: DirtyBitmap | None = None       # what LEFT named
+        self._missing: MissingMemory | None = None
+        self._wait = 30.0
         self._on_state = on_state or (lambda *_: None)
         self._on_prepare = on_prepare or (lambda: None)
         self._on_switch = on_switch or (lambda: None)
@@ -113,7 +128,7 @@ class PageReceiver:
 
     @property
     def complete(self) -> bool:
-        """All memory was received, from a source that stands still."""
+        """All memory was received, or will be after the hand-over, from a source that stands still."""
         return self.handover.phase in (Phase.COMPLETE, Phase.OWNER)
 
     def reconnect(self, transport: Any) -> None:
@@ -136,6 +151,7 @@ class PageReceiver:
                     if self._devices is not None:
                         self._devices.load()
                     self._on_switch()
+                    self._discard(layout)
                     self.handover.complete()
                 self.epoch += 1
                 self._channel.send(Kind.ACK, stream.encode_totals(self._totals), epoch=self.epoch - 1)
@@ -158,6 +174,8 @@ class PageReceiver:
             while self._said is Phase.COMPLETE:
                 header, _ = self._channel.receive(Kind.VERIFY, Kind.RUN, Kind.ABORT)
                 if header.kind is Kind.VERIFY:
+                    if self._missing is not None:
+                        raise damaged("VERIFY of memory that is to come later")
                     assert self.layout is not None
                     self.digest = self.layout.digest()
                     self._channel.send(Kind.DIGEST, self.digest)
@@ -165,9 +183,15 @@ class PageReceiver:
                     self._abort()
                     self._said = Phase.ABORTED
                 else:
+                    missing = self._missing
+                    if missing is not None:
+                        missing.fork(self._channel)
                     # Only what is written down may be said.
                     phase = self.handover.run()
-                    self._channel.send(Kind.STARTED if phase is Phase.OWNER else Kind.ABORTED)
+                    if missing is not None and phase is Phase.OWNER:
+                        missing.go()        # the connection is the helper's, which says STARTED
+                    else:
+                        self._channel.send(Kind.STARTED if phase is Phase.OWNER else Kind.ABORTED)
                     self._said = phase
             return self.handover.phase
 
@@ -191,7 +215,7 @@ class PageReceiver:
             Of the last connection, or of ``accept``.  Then the guest does not run here, and may be given by a later
             connection still; ``handover.abort()`` makes sure that it never will.
         """
-        left, epoch, until = breaks, self.epoch, time.monotonic() + wait
+        left, epoch, until, self._wait = breaks, self.epoch, time.monotonic() + wait, wait
         try:
             while True:
                 try:
@@ -211,7 +235,30 @@ class PageReceiver:
                 self._channel.close()       # the source is to notice as well
                 self.reconnect(accept_good(self._accept, until))
         finally:
-            self._channel.close()
+            if self.handover.phase is not Phase.OWNER or self._missing is None:     # else it is the helper's
+                self._channel.close()
+
+    @property
+    def missing(self) -> int:
+        """Pages of the guest that are not here yet, after a switch to post-copy."""
+        return 0 if self._missing is None else self._missing.left
+
+    def finish(self, timeout: float | None = None) -> PostcopyDone | None:
+        """Wait until every page is here; None, at once, where the source did not switch to post-copy.
+
+        Raises
+        ------
+        PostcopyError
+            ``missing`` pages do not come: the source is gone, or silent (ECONNRESET, ETIMEDOUT, ...).  Who touches one
+            waits on; ``finish`` again waits for the source to connect once more.  EOWNERDEAD: nobody can place them.
+        """
+        if self._missing is None:
+            return None
+        if self.handover.phase is not Phase.OWNER:
+            raise error(errno.EINVAL, "postcopy", hint=f"the guest is {self.handover.phase.name} here: settle() first")
+        done = self._missing.finish(timeout)
+        self._channel.close()
+        return done
 
     def linger(self, seconds: float) -> None:
         """Wait for a source that heard no answer to its RUN, and tell it whose the guest is; once.
@@ -227,8 +274,16 @@ class PageReceiver:
             self.reconnect(transport)
             self._receive_hello()
 
-    def close(self) -> None:
-        """Let the memory go, and close further channels; idempotent."""
+    def close(self, *, abandon: bool = False) -> None:
+        """Let the memory go, and close further channels; idempotent.
+
+        Raises
+        ------
+        BusyError
+            EBUSY: pages of a guest that runs here are missing: ``finish``.  With ``abandon`` they are zeros.
+        """
+        if self._missing is not None:
+            self._missing.close(abandon or self.handover.phase is not Phase.OWNER)
         close_channels(self._further)
         self._release()
 
@@ -243,10 +298,43 @@ class PageReceiver:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After a failure the guest finds no zeros where pages are missing: it waits, as before.
+        if kind is None or not self.missing:
+            self.close()
 
     # Inside
+
+    def _discard(self, layout: MemoryLayout) -> None:
+        """Throw away what is to come later, so that who touches it waits."""
+        if self._left is None:
+            return
+        if self._prefault is not None:
+            self._prefault.stop()
+        assert self._hello is not None
+        self._missing = MissingMemory(
+            layout, self._left, self.epoch + 1, compression=self._compression, wait=self._wait,
+            reconnect=self._helper_channel if self._accept is not None else None, on_event=self._on_postcopy)
+
+    def _undiscard(self) -> None:
+        """The source keeps the guest, and sends the pages as pages again."""
+        missing, self._missing = self._missing, None
+        if missing is not None:
+            missing.undo()
+
+    def _helper_channel(self, seconds: float) -> FrameChannel:
+        """In the helper process: take another connection of this stream."""
+        assert self._accept is not None
+        transport = self._accept(seconds)
+        try:
+            with self._telling():
+                self.handover.phase = Phase.OWNER       # written down by the other process
+                self.reconnect(transport)
+                self._receive_hello()
+        except BaseException:
+            transport.close()
+            raise
+        return self._channel
 
     def _receive_hello(self) -> None:
         """Take in a new stream, or the old one over a new connection, and say how far it is."""
@@ -270,11 +358,12 @@ class PageReceiver:
         elif not hello.resume or hello.stream_id.hex() != self.handover.stream:
             raise damaged("there is no such stream here that could go on")
         if self.handover.phase is Phase.COMPLETE and not hello.asks:
+            self._undiscard()
             self.handover.receive()     # the source has run on: what is here is not all any more
         ready = Ready(checksum, agree_on_compression(hello.compressions, self._compressions),
                       1 if hello.asks else min(hello.channels, self._most_channels), self.handover.phase, self.epoch)
         self._channel.send(Kind.READY, stream.encode_ready(hello.stream_id, ready))
-        self._said = ready.phase
+        self._said, self._compression = ready.phase, ready.compression
         self._channel.checksum = checksum
         if hello.shares and self._hello is None and not self.handover.stream:
             self._begin(hello)
@@ -298,12 +387,17 @@ class PageReceiver:
             assert self._take_memory is not None
             self._take_memory(memory)
         else:
+            if hello.postcopy and not self._postcopy:
+                raise error(errno.EOPNOTSUPP, "postcopy", hint="the source may switch to post-copy, and nobody here "
+                            "takes that (postcopy=True)")
             memory = self._make_memory(hello)
         layout = MemoryLayout(memory, hello.pgsize)
         if layout.shape != hello.blocks:
             layout.close()
             raise damaged("the memory here has another shape than the source's")
         try:
+            if hello.postcopy:
+                check_memory(layout)
             self.handover.begin(hello.stream_id.hex())
         except BaseException:
             layout.close()
@@ -320,14 +414,17 @@ class PageReceiver:
         if max(self.epoch, self._attempt) > stream.MAX_EPOCH:
             raise damaged("too many epochs")
         self._attempt += 1      # an epoch that broke comes again, with pages that were here before
-        self._state_bytes = 0
-        final, shared = False, self._hello is not None and self._hello.shares
+        self._state_bytes, self._left = 0, None
+        hello = self._hello
+        assert hello is not None
+        final, later, shared = False, False, hello.shares
+        left = DirtyBitmap(layout.nbits, layout.pgsize) if hello.postcopy else None
 
         def control() -> Totals:
-            nonlocal final
+            nonlocal final, later
+            kinds = [Kind.STATE, Kind.PAGES, Kind.ZEROS, Kind.END, Kind.PREPARE, Kind.KEEPALIVE, Kind.ABORT]
             while True:
-                header, body = self._channel.receive(Kind.STATE, Kind.PAGES, Kind.ZEROS, Kind.END, Kind.PREPARE,
-                                                     Kind.KEEPALIVE, Kind.ABORT)
+                header, body = self._channel.receive(*kinds, *([Kind.LEFT] if left is not None else []))
                 if header.kind is Kind.KEEPALIVE:
                     continue
                 if header.kind is Kind.ABORT:
@@ -336,13 +433,16 @@ class PageReceiver:
                 if header.epoch != self.epoch:
                     raise damaged(f"a frame of epoch {header.epoch} in epoch {self.epoch}")
                 if header.kind is Kind.END:
-                    final = bool(header.flags & stream.FINAL)
+                    final, later = bool(header.flags & stream.FINAL), bool(header.flags & stream.LATER)
                     return stream.decode_totals(body)
                 if header.kind is Kind.PREPARE:
                     self._on_prepare()
                     self._channel.send(Kind.PREPARED, epoch=self.epoch)
                 elif header.kind is Kind.STATE:
                     self._receive_state(body)
+                elif header.kind is Kind.LEFT:
+                    assert left is not None
+                    take_bits(header, body, layout, left)
                 else:
                     self._intakes[0].take(header, body)
 
@@ -351,7 +451,13 @@ class PageReceiver:
             self._totals = take_epoch(self._intakes, self.epoch, self._attempt - 1, control)
         finally:
             self._touched = self._touched or shared or any(intake.touched for intake in self._intakes)
-        if not self.epoch and not shared and self._totals.pages + self._totals.zero_pages != layout.npages:
+        if later != (left is not None and (later or left.any())):
+            raise damaged("pages are to come later, which was not agreed on" if later else "LEFT without a hand-over")
+        came = self._totals.pages + self._totals.zero_pages
+        if later and left is not None:
+            self._left = left
+            came = min(came + left.count(), layout.npages)      # what came and was written since, is left as well
+        if not self.epoch and not shared and came != layout.npages:
             raise damaged("the first epoch did not bring all memory")
         return final
 

@@ -50,10 +50,18 @@ class PageSender:
     hold : callable, optional
         Asked like ``stop``: while it returns true, no further channel sends anything.  The first one is held up by
         ``on_progress``.
+    cut : callable, optional
+        Asked before each portion: once it returns true, ``send`` ends early, with barriers and totals of what was sent;
+        ``rest`` has the other pages.
     note_sent : callable, optional
         Told (block, runs, bytes) of everything that is sent, zero pages included: ``DirtyTracker.note_sent``.
     on_progress : callable, optional
         Called in the caller's thread with (epoch, pages done on all channels, pages in all).
+
+    Attributes
+    ----------
+    rest : DirtyBitmap or None
+        Pages that the last ``send`` did not send, where it was cut.
 
     Notes
     -----
@@ -66,6 +74,7 @@ class PageSender:
     def __init__(self, channels: Sequence[FrameChannel], layout: MemoryLayout, *,
                  compression: Compression = Compression.NONE, limit: BandwidthLimit | None = None,
                  stop: Callable[[], bool] | None = None, hold: Callable[[], bool] | None = None,
+                 cut: Callable[[], bool] | None = None,
                  note_sent: Callable[[int, Any, Any], object] | None = None,
                  on_progress: Callable[[int, int, int], object] | None = None) -> None:
         self.channels = channels
@@ -73,6 +82,8 @@ class PageSender:
         self.limit = limit or BandwidthLimit()
         self._stop = stop or (lambda: False)
         self._hold = hold or (lambda: False)
+        self._cut = cut
+        self.rest: DirtyBitmap | None = None
         self._on_progress = on_progress or (lambda *_: None)
         self._lock = threading.Lock()
         self._failed = False
@@ -94,11 +105,18 @@ class PageSender:
             A channel failed: all are given up, but channel 0 can receive what the destination says.  ECANCELED: stopped
             between frames; all channels are as they were, in the middle of the epoch.
         """
-        todo, self._done, self._failed = dirty.count(), 0, False
+        todo, self._done, self._failed, self.rest = dirty.count(), 0, False, None
         portions = self._portions(dirty)
         works = [partial(sender.send, portions, epoch) for sender in self._senders]
         works[0] = partial(works[0], lambda: self._on_progress(epoch, self._done, todo))
         return Totals(*map(sum, zip(*together(works, self._give_up), strict=True)))
+
+    def send_runs(self, block: Block, runs: "Runs", epoch: int) -> Totals:
+        """Send some pages over the first channel."""
+        totals = Totals(0, 0, 0)
+        for sent in self._senders[0].send_portion(block, runs, epoch):
+            totals = Totals(*map(sum, zip(totals, sent, strict=True)))
+        return totals
 
     def interrupt(self) -> None:
         """From any thread: end ``send`` at once, also where the destination does not move; nothing can be sent then."""
@@ -133,7 +151,7 @@ class PageSender:
 
     def _portions(self, dirty: DirtyBitmap) -> Callable[[], "tuple[Block, Runs] | None"]:
         """Return a function, for any thread, that hands out dirty pages, each once."""
-        shared = len(self.channels) > 1
+        shared = len(self.channels) > 1 or self._cut is not None
         npages = self._senders[0].chunk * _PORTION_CHUNKS
 
         def generate() -> "Iterator[tuple[Block, Runs]]":
@@ -149,7 +167,15 @@ class PageSender:
 
         def take() -> "tuple[Block, Runs] | None":
             with self._lock:
-                return next(portions, None)
+                if self.rest is not None:
+                    return None
+                if (portion := next(portions, None)) is not None and self._cut is not None and self._cut():
+                    block, runs = portion
+                    self.rest = DirtyBitmap(self.layout.nbits, self.layout.pgsize)
+                    self.rest.merge(dirty)
+                    self.rest.clear(0, block.first_bit + int(runs[0, 0]))
+                    return None
+                return portion
         return take
 
 
@@ -178,7 +204,7 @@ class _ChannelSender:
         """Send portions until there are no more, then the barrier of a further channel."""
         totals = Totals(0, 0, 0)
         while (portion := portions()) is not None:
-            for sent in self._send_portion(*portion, epoch):
+            for sent in self.send_portion(*portion, epoch):
                 totals = Totals(*map(sum, zip(totals, sent, strict=True)))
                 self._owner.add_done(sent.pages + sent.zero_pages)
                 on_progress()
@@ -187,7 +213,7 @@ class _ChannelSender:
             self._channel.send(Kind.BARRIER, stream.encode_totals(totals), epoch=epoch)
         return totals
 
-    def _send_portion(self, block: Block, runs: "Runs", epoch: int) -> Iterator[Totals]:
+    def send_portion(self, block: Block, runs: "Runs", epoch: int) -> Iterator[Totals]:
         burst = self._owner.limit.burst
         most = self.chunk if burst is None else max(1, min(self.chunk, burst // self._pgsize))
         chunk = PageStage(block.view, runs, self._stage, self._pgsize, most, stream.ZEROS_BYTES // self._pgsize,

@@ -8,7 +8,7 @@ from .._core.bitmap import DirtyBitmap
 from .._core.errno import error
 from ..memory import GuestMemory
 from .layout import MemoryLayout
-from .precopy import Machine, Tracker
+from .machine import Machine, Tracker
 from .snapshot_file import File, Snapshot, Table, block_sums, describe, opened
 from .snapshot_format import Header, Places, damaged
 from .snapshot_writer import SnapshotWriter

@@ -34,9 +34,11 @@ MAX_NAME = 1 << 10          # bytes of the name of one
 MAX_EPOCH = (1 << 16) - 2
 MAX_CHANNELS = 64
 FINAL = 1       #: flag of END: the devices are stopped, this was the last epoch
+LATER = 2       #: flag of END, with FINAL: pages that LEFT named come when the guest runs at the destination
 COMPRESSED = 2  #: flag of PAGES: the content is compressed as READY said
 RESUME = 1      #: flag of HELLO: a stream that broke goes on
 SHARE = 4       #: flag of HELLO: memory comes as descriptors, after READY
+POSTCOPY = 8    #: flag of HELLO: the source may give the guest away before all memory has come
 ASK = 2         #: flag of HELLO, with RESUME: only to hear whose the guest is, or to give it again
 
 _HEADER = struct.Struct("<4sBBHIIQIIQI")
@@ -47,7 +49,11 @@ _READY = struct.Struct("<16sIIHHI")
 _JOIN = struct.Struct("<16s16sHH")
 _BLOCK = struct.Struct("<QQ")
 _TOTALS = struct.Struct("<QQQ")
+_BITS = struct.Struct("<Q")
+_DONE = struct.Struct("<QQQQ")
 RUN_SIZE = 16
+BITS_BYTES = 1 << 20        # of a bitmap in one frame, at most
+WANTED_PAGES = 256          # that the destination waits for at a time, at most: they fit into any pipe
 DIGEST_SIZE = 32
 
 
@@ -65,7 +71,8 @@ class Kind(enum.IntEnum):
     BARRIER = 9     #: last of an epoch on a channel: its totals there
     PREPARE = 10    #: asks the destination to make ready for the last epoch
     ABORT = 11      #: the source keeps the guest for good
-    KEEPALIVE = 12  #: a paused source lives
+    KEEPALIVE = 12  #: a paused source lives; also: DONE was heard
+    LEFT = 13       #: which pages of a block come later
     READY = 16      #: answers HELLO
     ACK = 17        #: answers END: everything up to here is in memory
     DIGEST = 18     #: answers VERIFY: SHA-256
@@ -73,8 +80,9 @@ class Kind(enum.IntEnum):
     JOINED = 20     #: answers JOIN
     PREPARED = 21   #: answers PREPARE
     ABORTED = 22    #: answers ABORT
-    MISSING = 23    #: post-copy: pages of a block that the destination lacks; without runs: that was all
+    MISSING = 23    #: post-copy, over another connection: which pages the destination lacks; empty: that was all
     WANTED = 24     #: post-copy: pages that somebody waits for
+    DONE = 25       #: post-copy: answers END: every page is in its place
     ERROR = 31      #: the destination gives this connection up: errno, and words in UTF-8
 
 
@@ -92,6 +100,7 @@ LIMITS = {
     Kind.PREPARE: 0,
     Kind.ABORT: 0,
     Kind.KEEPALIVE: 0,
+    Kind.LEFT: _BITS.size + BITS_BYTES,
     Kind.READY: _READY.size,
     Kind.ACK: _TOTALS.size,
     Kind.DIGEST: DIGEST_SIZE,
@@ -99,14 +108,15 @@ LIMITS = {
     Kind.JOINED: 0,
     Kind.PREPARED: 0,
     Kind.ABORTED: 0,
-    Kind.MISSING: MAX_RUNS * RUN_SIZE,
-    Kind.WANTED: MAX_RUNS * RUN_SIZE,
+    Kind.MISSING: _BITS.size + BITS_BYTES,
+    Kind.WANTED: WANTED_PAGES * RUN_SIZE,
+    Kind.DONE: _DONE.size,
     Kind.ERROR: 4096,
 }
 
 
 #: Flags that a frame of a kind may have.
-_FLAGS = {Kind.END: FINAL, Kind.PAGES: COMPRESSED}
+_FLAGS = {Kind.END: FINAL | LATER, Kind.PAGES: COMPRESSED}
 
 
 class Checksum(enum.IntFlag):
@@ -161,6 +171,7 @@ class Hello(NamedTuple):
     epochs: int = 0                             #: acknowledged, as far as the source knows
     asks: bool = False                          #: whose the guest is; no memory will come
     shares: bool = False                        #: the memory itself, with a process of the same host
+    postcopy: bool = False                      #: the source may give the guest away before all memory has come
 
 
 class Ready(NamedTuple):
@@ -179,6 +190,15 @@ class Totals(NamedTuple):
     frames: int         #: PAGES and ZEROS
     pages: int          #: with content
     zero_pages: int
+
+
+class Done(NamedTuple):
+    """Of a post-copy, at the destination."""
+
+    pages: int          #: placed, zero pages included
+    faults: int         #: pages that somebody waited for
+    median: int         #: ns from the fault to the page, of these
+    longest: int        #: ns
 
 
 def damaged(why: str) -> Exception:
@@ -255,16 +275,18 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
         raise damaged(f"a body of {length} bytes is too long for {kind.name} (limit {LIMITS[kind]})")
     if nruns > MAX_RUNS or nruns * RUN_SIZE > length:
         raise damaged(f"{nruns} runs do not fit into the frame")
-    if kind not in (Kind.PAGES, Kind.ZEROS, Kind.MISSING, Kind.WANTED) and (nruns or block):
-        raise damaged(f"{kind.name} has no runs and no block")
-    if flags & ~_FLAGS.get(kind, 0):
+    if nruns and kind not in (Kind.PAGES, Kind.ZEROS, Kind.WANTED):
+        raise damaged(f"{kind.name} has no runs")
+    if block and kind not in (Kind.PAGES, Kind.ZEROS, Kind.LEFT, Kind.MISSING, Kind.WANTED):
+        raise damaged(f"{kind.name} has no block")
+    if flags & ~_FLAGS.get(kind, 0) or (kind == Kind.END and flags == LATER):
         raise damaged(f"unknown flags {flags:#x} in {kind.name}")
     return Header(kind, block, flags, epoch, sequence, nruns, length, summed)
 
 
 def encode_hello(hello: Hello) -> bytes:
     """Return the body of HELLO."""
-    flags = RESUME * hello.resume | ASK * hello.asks | SHARE * hello.shares
+    flags = RESUME * hello.resume | ASK * hello.asks | SHARE * hello.shares | POSTCOPY * hello.postcopy
     return _HELLO.pack(hello.pgsize, len(hello.blocks), hello.stream_id, hello.token, hello.checksums,
                        hello.compressions, hello.channels, flags, hello.epochs) + b"".join(
                            _BLOCK.pack(*block) for block in hello.blocks)
@@ -279,7 +301,8 @@ def decode_hello(body: Any) -> Hello:
         raise damaged(f"a page size of {pgsize} bytes")
     if not 0 < count <= MAX_BLOCKS or len(body) != _HELLO.size + count * _BLOCK.size:
         raise damaged(f"HELLO announces {count} blocks in {len(body)} bytes")
-    if (not 0 < channels <= MAX_CHANNELS or flags & ~SHARE not in (0, RESUME, RESUME | ASK) or epochs > MAX_EPOCH + 1
+    if (not 0 < channels <= MAX_CHANNELS or flags & ~(SHARE | POSTCOPY) not in (0, RESUME, RESUME | ASK)
+            or flags & (SHARE | POSTCOPY) == SHARE | POSTCOPY or epochs > MAX_EPOCH + 1
             or (epochs and not flags & RESUME)):
         raise damaged(f"HELLO with {channels} channels, flags {flags:#x} and {epochs} epochs")
     blocks = tuple(_BLOCK.iter_unpack(body[_HELLO.size:]))
@@ -289,7 +312,7 @@ def decode_hello(body: Any) -> Hello:
             raise damaged(f"a block of {size:#x} bytes at {gpa:#x}")
         end = gpa + size
     return Hello(pgsize, stream_id, blocks, Checksum(checksums), token, Compression(compressions), channels,
-                 bool(flags & RESUME), epochs, bool(flags & ASK), bool(flags & SHARE))
+                 bool(flags & RESUME), epochs, bool(flags & ASK), bool(flags & SHARE), bool(flags & POSTCOPY))
 
 
 def encode_ready(stream_id: bytes, ready: Ready) -> bytes:
@@ -342,6 +365,36 @@ def decode_totals(body: Any) -> Totals:
     if len(body) != _TOTALS.size:
         raise damaged(f"totals of {len(body)} bytes")
     return Totals(*_TOTALS.unpack(body))
+
+
+def encode_bits(first: int, words: Any) -> tuple[bytes, Any]:
+    """Return the body of LEFT or MISSING: a part of a block's bitmap, from the page ``first`` on."""
+    return _BITS.pack(first), words
+
+
+def decode_bits(body: Any, npages: int) -> tuple[int, Any]:
+    """Check a part of the bitmap of a block of ``npages`` pages; return its first page and its words."""
+    if len(body) < _BITS.size + 8 or len(body) % 8:
+        raise damaged(f"{len(body)} bytes of a bitmap")
+    first, words = _BITS.unpack_from(body)[0], body[_BITS.size:]
+    end = first + len(words) * 8
+    if first % 64 or first >= npages or end > (npages + 63) // 64 * 64:
+        raise damaged(f"a bitmap of the pages {first} to {end} of {npages}")
+    if end > npages and int.from_bytes(words[-8:], "little") >> npages % 64:
+        raise damaged(f"a bitmap with pages behind the {npages} of its block")
+    return first, words
+
+
+def encode_done(done: Done) -> bytes:
+    """Return the body of DONE."""
+    return _DONE.pack(*done)
+
+
+def decode_done(body: Any) -> Done:
+    """Return the body of DONE."""
+    if len(body) != _DONE.size:
+        raise damaged(f"DONE of {len(body)} bytes")
+    return Done(*_DONE.unpack(body))
 
 
 def encode_state(name: str, data: bytes) -> bytes:
