@@ -112,7 +112,8 @@ def hello_bytes(pgsize=4096, count=1, checksums=1, channels=1, flags=0, epochs=0
 
 @pytest.mark.parametrize("body", [b"", bytes(31), bytes(56), hello_bytes(count=2), hello_bytes(count=1 << 31),
                                   hello_bytes(channels=0), hello_bytes(channels=65), hello_bytes(flags=2),
-                                  hello_bytes(flags=8), hello_bytes(flags=6), hello_bytes(epochs=1),
+                                  hello_bytes(flags=16), hello_bytes(flags=12), hello_bytes(flags=6),
+                                  hello_bytes(epochs=1),
                                   hello_bytes(flags=1, epochs=1 << 16)])
 def test_a_hello_of_a_wrong_length_or_with_wrong_numbers_is_refused(body):
     with pytest.raises(ProtocolError):

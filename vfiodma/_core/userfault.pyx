@@ -375,7 +375,7 @@ cdef class MissingPages:
         bool
             False, and nothing is done: the page is missing, so it is not zero.
         """
-        cdef uint64_t number = u64("missing", page), placed
+        cdef uint64_t number = u64("missing", page)
         cdef int err = 0, fd
         if number >= self.npages:
             raise_errno(EINVAL, "missing", None, None, f"there is no page {number}")

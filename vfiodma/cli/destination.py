@@ -136,7 +136,8 @@ class Destination:
         """Let the devices go on for a while; return what they did."""
         assert receiver.layout is not None
         before, faulted = self.writers.writes, sum(device.faulted for device in self.writers.devices)
-        tracker = DirtyTracker(self.ioas, receiver.layout)
+        # Memory that pages are still placed into can't be watched as well.
+        tracker = DirtyTracker(self.ioas, receiver.layout, cpu_writes="off" if receiver.switched else "auto")
         dirty = DirtyBitmap(receiver.layout.nbits, receiver.layout.pgsize)
         tracker.start()
         self.writers.resume()

@@ -16,9 +16,9 @@ import typer
 
 from ..errors import MigrationError, MissingExtraError, VfioError
 from ..memory import GuestMemory
-from ..migration import Migration, MigrationResult, PageReceiver, stream
+from ..migration import Migration, MigrationResult, PageReceiver, Postcopy, stream
 from ..migration.compression import offer
-from ..migration.events import Event, Progress, Round, Stage, summary
+from ..migration.events import Event, PostcopyDone, PostcopyProgress, Progress, Round, Stage, summary
 from ..migration.handover import Journal
 from ..migration.joining import accept_good
 from ..migration.stream import Phase
@@ -34,7 +34,8 @@ _HEADROOM = 256 << 20
 
 _STAGES = {"introduce": "waiting for the destination's memory", "rounds": "moving memory, devices write",
            "prepare": "waiting until the destination could take it", "stopped": "devices stand still: the rest moves",
-           "moved": "comparing", "release": "handing over", "given": "the destination owns the guest"}
+           "moved": "comparing", "release": "handing over", "given": "the destination owns the guest",
+           "pushing": "the guest runs there: the rest of its memory moves"}
 
 Url = Annotated[str, typer.Argument(help="unix:/path, tls://host:port, tcp://host:port")]
 Size = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE")]
@@ -85,6 +86,8 @@ class Status:
             self.update(bandwidth=event.bandwidth, dirty_pages=event.dirty_pages, rounds=event.epoch + 1,
                         dirty_rate=event.dirty_pages * 4096 / max(event.seconds, 1e-9),
                         predicted_downtime=event.predicted_downtime)
+        elif isinstance(event, PostcopyProgress):
+            self.update(missing=event.left, faults=event.faults)
 
     def show(self) -> dict[str, Any]:
         """Return it all."""
@@ -111,6 +114,10 @@ def send(
     compression: Annotated[str, typer.Option(help="none, auto, zstd or lz4")] = "none",
     reconnect: Annotated[float, typer.Option(min=0, help="Seconds to get a broken connection again.")] = 30.0,
     share: Annotated[bool, typer.Option(help="Give the memory itself to a process of this host, uncopied.")] = False,
+    postcopy: Annotated[bool, typer.Option(help=(
+        "Give the guest away before all memory has come, where the limit is out of reach."))] = False,
+    postcopy_after: Annotated[int | None, typer.Option(min=0, metavar="ROUNDS", help=(
+        "The same after so many rounds in any case."), show_default=False)] = None,
     verify: Annotated[bool, typer.Option(help="Compare all memory before the hand-over.")] = True,
     journal: JournalFile = None,
     ca: Ca = None, certificate: Cert = None, key: Key = None, insecure: Insecure = False, timeout: Timeout = 30.0,
@@ -142,7 +149,7 @@ def send(
                     report.round(event, downtime / 1e3)
                 elif isinstance(event, Stage):
                     report.stage(_STAGES[event.name])
-                elif not isinstance(event, MigrationResult):
+                elif not isinstance(event, MigrationResult | PostcopyProgress | PostcopyDone):
                     report.done(", ".join(f"{name} {value}" for name, value in summary(event).items()))
 
             guest.writers.resume()
@@ -150,7 +157,8 @@ def send(
                 url, memory, guest.writers, ioas=guest.ioas, states=guest.states, verify=verify, on_event=on_event,
                 transport_options=options, downtime_limit=downtime / 1e3, max_rounds=max_rounds, checksum=checksum,
                 compression=compression, channels=channels, reconnect_timeout=reconnect,
-                share_memory=share, bandwidth_limit=None if bandwidth is None else float(parse_size(bandwidth)),
+                share_memory=share, postcopy=Postcopy(postcopy_after) if postcopy_after is not None else postcopy,
+                bandwidth_limit=None if bandwidth is None else float(parse_size(bandwidth)),
                 journal=None if journal is None else Journal(journal))
 
             def cancel() -> dict[str, Any]:
@@ -159,6 +167,10 @@ def send(
 
             with control.Control({"status": status.show, "cancel": cancel}):
                 result = migration.run()
+            if (late := result.postcopy) is not None:
+                report.done(f"{late.pages + late.zero_pages:,} pages came after that, in {late.seconds:.2f} s; "
+                            f"{late.faults:,} were waited for, {milliseconds(late.fault_median)} each (median), "
+                            f"{milliseconds(late.fault_max)} at most")
             report.done(f"moved {amount(size)} in {result.seconds:.2f} s, {rate(result.bytes / result.seconds)}; "
                         f"downtime {milliseconds(result.downtime)} of {milliseconds(downtime / 1e3)}, predicted "
                         f"{milliseconds(result.predicted_downtime)}; {guest.dma['writes']:,} DMA writes meanwhile")
@@ -181,6 +193,7 @@ def serve(
     channels: Channels = 64,
     checksum: Checksum = "auto",
     compression: Annotated[str, typer.Option(help="none, auto, zstd or lz4")] = "auto",
+    postcopy: Annotated[bool, typer.Option(help="Take a guest before all of its memory has come as well.")] = False,
     journal: JournalFile = None,
     ca: Ca = None, certificate: Cert = None, key: Key = None, insecure: Insecure = False, timeout: Timeout = 30.0,
     as_json: Json = False,
@@ -194,12 +207,18 @@ def serve(
         here = stack.enter_context(contextlib.closing(Destination(size, at_most=True)))
         transport = stack.enter_context(contextlib.closing(accept_good(listener.accept, time.monotonic() + wait)))
         status.update(stage="receiving")
+
+        def on_postcopy(event: Event) -> None:
+            status.event(event)
+            if as_json:
+                print(json.dumps(summary(event)), flush=True)
+
         receiver = stack.enter_context(PageReceiver(
             transport, here.make_memory, fresh=True, accept=listener.accept, channels=channels,
             checksum=checksum,
             compression=compression, journal=None if journal is None else Journal(journal),
             on_state=here.take_state, on_prepare=here.prepare, on_switch=here.get_ready,
-            take_memory=here.take_memory))
+            take_memory=here.take_memory, postcopy=postcopy, on_postcopy=on_postcopy))
 
         def cancel() -> dict[str, Any]:
             phase = receiver.handover.abort()
@@ -216,8 +235,12 @@ def serve(
         if receiver.digest:
             _say(as_json, {"event": "verified", "sha256": receiver.digest.hex()}, f"SHA-256 {receiver.digest.hex()}")
         done = here.run_on(receiver, run_for)
+        late = receiver.finish()
         _say(as_json, {"event": "ran", **done}, f"the guest is here: {done['writes']:,} DMA writes to "
              f"{done['dirty_pages']:,} pages in {run_for:g} s, {done['faults']} faults")
+        if late is not None and not as_json:
+            print(f"{late.pages + late.zero_pages:,} pages came meanwhile, {late.faults:,} of them were waited for",
+                  flush=True)
         until = time.monotonic() + linger
         while (left := until - time.monotonic()) > 0:
             with contextlib.suppress(VfioError):      # nobody came, or a stranger

@@ -1,4 +1,5 @@
 """Guest memory as migration sees it: numbered blocks, one bit a page, and arithmetic on runs of pages."""
+import copy
 import errno
 import hashlib
 from collections.abc import Iterator
@@ -67,6 +68,12 @@ class MemoryLayout:
         for block in self.blocks:
             digest.update(block.view)
         return digest.digest()
+
+    def again(self) -> "MemoryLayout":
+        """Return another layout of the same blocks, which keeps the memory open by itself."""
+        other = copy.copy(self)
+        other.blocks = [block._replace(view=block.region.view()) for block in self.blocks]
+        return other
 
     def close(self) -> None:
         """Let the memory go; idempotent."""

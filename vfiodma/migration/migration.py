@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from .._core.errno import error
 from ..address_space import IoAddressSpace
-from ..errors import MigrationError
+from ..errors import MigrationError, PostcopyError
 from ..memory import GuestMemory
 from .device_group import DeviceStates
 from .events import Event, MigrationResult, Progress
@@ -96,7 +96,7 @@ class Migration:
         HandoverError
             EINPROGRESS: the destination was given the guest, and did not answer: ``source.settle`` asks again.
         PostcopyError
-            The guest is the destination's, which lacks pages: keep the memory; ``source.push`` goes on.
+            The guest is the destination's, which lacks pages: ``source.push`` goes on, ``source.close`` gives up.
         """
         return self._run(self._on_event)
 
@@ -180,7 +180,9 @@ class Migration:
                 raise error(errno.EINVAL, "migrate", hint="a migration runs once: make another one")
             self._began = True
         with contextlib.closing(self._connect()) as transport, MemoryLayout(self._memory, self._pgsize) as layout, \
-                PrecopySource(transport, connect=self._connect, on_event=on_event, **self._options) as source:
+                contextlib.ExitStack() as parts:
+            source = parts.enter_context(PrecopySource(transport, connect=self._connect, on_event=on_event,
+                                                       **self._options))
             with self._lock:
                 self.source = source
                 if self._cancelled:
@@ -198,7 +200,11 @@ class Migration:
                                          hint="the memory differs between both sides; the guest runs on here")
             source.release()
             if source.switched:
-                result.postcopy = source.push()
+                try:
+                    result.postcopy = source.push()
+                except PostcopyError:
+                    parts.pop_all()     # it keeps what the destination lacks
+                    raise
             self.result = result
             on_event(result)
             return result

@@ -35,6 +35,8 @@ from .stream import COMPRESSED, RUN_SIZE, Checksum, Compression, Done, Header, K
 _NAP = 0.1              # seconds between looks at the end
 _REPORT = 0.5           # seconds between reports of the helper
 _LINGER = 5.0           # seconds for the source to hear that all is there, over another connection
+#: Of guests whose memory will not come: never freed, so that who waits for a page goes on waiting.
+_LOST: list[MissingPages] = []
 
 
 def check_memory(layout: MemoryLayout) -> None:
@@ -214,6 +216,11 @@ class MissingMemory:
             raise error(errno.EBUSY, "postcopy", hint=f"{self.left} pages of the guest are not there yet: finish()")
         self.undo()
 
+    def give_up(self) -> None:
+        """Nobody places pages any more; who waits for one waits as long as the process lives, and finds no zeros."""
+        self._end_helper()
+        _LOST.extend(self._pages)
+
     # Inside
 
     def _keep_from_children(self, keep: bool) -> None:
@@ -295,11 +302,11 @@ class _Helper:
             return 1
         channel = self._channel
         assert channel is not None
+        with contextlib.suppress(VfioError):        # the source asks again
+            channel.send(Kind.STARTED)
         watcher = threading.Thread(target=self._watch, name="vfiodma-faults", daemon=True)
         watcher.start()
         try:
-            with contextlib.suppress(VfioError):        # the source asks again
-                channel.send(Kind.STARTED)
             while not self._place_all():
                 if self._order() != b"again\n":
                     return 1

@@ -68,7 +68,7 @@ class PagePusher:
     Parameters
     ----------
     layout : MemoryLayout
-        Of memory that nobody writes any more.
+        Of memory that nobody writes any more; kept open until all was sent, or ``close``.
     left : DirtyBitmap
         What the destination lacks; changed here.
     epoch : int
@@ -90,7 +90,7 @@ class PagePusher:
 
     def __init__(self, layout: MemoryLayout, left: DirtyBitmap, epoch: int, *, limit: BandwidthLimit,
                  compression: Compression, paused: Callable[[], bool], on_event: Callable[[Event], object]) -> None:
-        self._layout, self._left, self._epoch = layout, left, epoch
+        self._layout, self._left, self._epoch = layout.again(), left, epoch
         self._limit, self._compression, self._paused, self._on_event = limit, compression, paused, on_event
         self._given = DirtyBitmap(layout.nbits, layout.pgsize)      # what may be asked for
         self._given.merge(left)
@@ -155,9 +155,14 @@ class PagePusher:
                 pass        # of pages that are on their way
             done = stream.decode_done(header[1])
             channel.send(Kind.KEEPALIVE, epoch=self._epoch)
+            self.close()
             return done
         finally:
             self.done.bytes += channel.bytes_sent - before
+
+    def close(self) -> None:
+        """Let the memory go; idempotent."""
+        self._layout.close()
 
     # Inside
 

@@ -282,6 +282,12 @@ class PrecopySource(SourceLink):
         self._switch.set()
         self._running.set()
 
+    def close(self) -> None:
+        """Close the connections that ``connect`` opened, and let the memory go that ``push`` would send; idempotent."""
+        super().close()
+        if self._pusher is not None:
+            self._pusher.close()
+
     def push(self, transport: Any = None) -> PostcopyDone:
         """Send what the destination lacks, what somebody waits for there first; return when it has everything.
 
@@ -393,7 +399,7 @@ class PrecopySource(SourceLink):
                                   on_progress=self._on_chunk)
         self._on_event(Stage("rounds"))
         prepared, step = False, Step.CONTINUE
-        self._cut = self._pusher = None
+        self._forget_pusher()
         if self._postcopy and self._postcopy.after_rounds == 0:
             self._reason = "no rounds were wanted"
             self._switch.set()
@@ -478,6 +484,11 @@ class PrecopySource(SourceLink):
 
     def _is_cut(self) -> bool:
         return self._switch.is_set() and self.handover.state is SourceState.RUNNING
+
+    def _forget_pusher(self) -> None:
+        self._cut, pusher, self._pusher = None, self._pusher, None
+        if pusher is not None:
+            pusher.close()
 
     def _leave(self, layout: MemoryLayout) -> PagePusher:
         """Return what will send all that the destination lacks, after the hand-over."""

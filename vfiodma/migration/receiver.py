@@ -189,7 +189,8 @@ class PageReceiver:
                     # Only what is written down may be said.
                     phase = self.handover.run()
                     if missing is not None and phase is Phase.OWNER:
-                        missing.go()        # the connection is the helper's, which says STARTED
+                        self._leave()       # the connection is the helper's, which says STARTED
+                        missing.go()
                     else:
                         self._channel.send(Kind.STARTED if phase is Phase.OWNER else Kind.ABORTED)
                     self._said = phase
@@ -235,8 +236,12 @@ class PageReceiver:
                 self._channel.close()       # the source is to notice as well
                 self.reconnect(accept_good(self._accept, until))
         finally:
-            if self.handover.phase is not Phase.OWNER or self._missing is None:     # else it is the helper's
-                self._channel.close()
+            self._channel.close()
+
+    @property
+    def switched(self) -> bool:
+        """Whether the source has switched to post-copy: ``finish`` when the guest is owned."""
+        return self._missing is not None
 
     @property
     def missing(self) -> int:
@@ -256,9 +261,7 @@ class PageReceiver:
             return None
         if self.handover.phase is not Phase.OWNER:
             raise error(errno.EINVAL, "postcopy", hint=f"the guest is {self.handover.phase.name} here: settle() first")
-        done = self._missing.finish(timeout)
-        self._channel.close()
-        return done
+        return self._missing.finish(timeout)
 
     def linger(self, seconds: float) -> None:
         """Wait for a source that heard no answer to its RUN, and tell it whose the guest is; once.
@@ -299,9 +302,11 @@ class PageReceiver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After a failure the guest finds no zeros where pages are missing: it waits, as before.
-        if kind is None or not self.missing:
+        if kind is None or not self.missing or self._missing is None:
             self.close()
+        else:       # the guest finds no zeros where pages are missing: it waits, as before
+            self._missing.give_up()
+            self._release()
 
     # Inside
 
@@ -315,6 +320,11 @@ class PageReceiver:
         self._missing = MissingMemory(
             layout, self._left, self.epoch + 1, compression=self._compression, wait=self._wait,
             reconnect=self._helper_channel if self._accept is not None else None, on_event=self._on_postcopy)
+
+    def _leave(self) -> None:
+        for channel in (self._channel, *self._further):
+            getattr(channel.transport, "leave", channel.close)()
+        self._further = []
 
     def _undiscard(self) -> None:
         """The source keeps the guest, and sends the pages as pages again."""
@@ -436,6 +446,8 @@ class PageReceiver:
                     final, later = bool(header.flags & stream.FINAL), bool(header.flags & stream.LATER)
                     return stream.decode_totals(body)
                 if header.kind is Kind.PREPARE:
+                    if self._prefault is not None and hello.postcopy:
+                        self._prefault.stop()       # before the guest stands still
                     self._on_prepare()
                     self._channel.send(Kind.PREPARED, epoch=self.epoch)
                 elif header.kind is Kind.STATE:

@@ -127,7 +127,7 @@ class SourceLink:
             self._check_wanted()
             with contextlib.suppress(VfioError):
                 transport = self._connect()
-                self.close()
+                SourceLink.close(self)
                 self._opened.append(transport)
                 self._connected(transport)
                 yield

@@ -275,10 +275,9 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
         raise damaged(f"a body of {length} bytes is too long for {kind.name} (limit {LIMITS[kind]})")
     if nruns > MAX_RUNS or nruns * RUN_SIZE > length:
         raise damaged(f"{nruns} runs do not fit into the frame")
-    if nruns and kind not in (Kind.PAGES, Kind.ZEROS, Kind.WANTED):
-        raise damaged(f"{kind.name} has no runs")
-    if block and kind not in (Kind.PAGES, Kind.ZEROS, Kind.LEFT, Kind.MISSING, Kind.WANTED):
-        raise damaged(f"{kind.name} has no block")
+    bits = kind in (Kind.LEFT, Kind.MISSING)
+    if kind not in (Kind.PAGES, Kind.ZEROS, Kind.WANTED) and (nruns or (block and not bits)):
+        raise damaged(f"{kind.name} has no runs{'' if bits else ' and no block'}")
     if flags & ~_FLAGS.get(kind, 0) or (kind == Kind.END and flags == LATER):
         raise damaged(f"unknown flags {flags:#x} in {kind.name}")
     return Header(kind, block, flags, epoch, sequence, nruns, length, summed)

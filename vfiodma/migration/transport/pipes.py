@@ -61,6 +61,11 @@ class PipeTransport(PolledTransport):
     def _wait_readable(self, timeout: float) -> bool:
         return bool(self._poll("receive", self._read_fd, select.POLLIN, timeout))
 
+    def leave(self) -> None:
+        """Close it in this process: a child goes on with the connection."""
+        self._blocking = dict.fromkeys(self._blocking, False)       # the child's as well
+        self.close()
+
     def close(self) -> None:
         """Close both descriptors; idempotent."""
         fds, self._blocking = self._blocking, {}

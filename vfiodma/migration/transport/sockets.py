@@ -65,6 +65,10 @@ class ByteTransport:
         """Close the connection; idempotent."""
         raise NotImplementedError
 
+    def leave(self) -> None:
+        """Close it in this process: a child goes on with the connection."""
+        self.close()
+
     def send(self, parts: Sequence[Any]) -> None:
         """Send all bytes of all parts."""
         self._move(parts, "send")

@@ -1,0 +1,365 @@
+"""Post-copy: the guest runs at the destination while its memory comes; who touches a page sees the source's."""
+import errno
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from migration_doubles import Machine
+from postcopy_pair import GPAS, PAGE, PAGES, Pair, Toucher, filled, make_memory, skip_unless_permitted, touch
+
+from vfiodma import DirtyBitmap, GuestMemory
+from vfiodma._core.userfault import MissingPages
+from vfiodma.errors import (
+    BusyError,
+    DmaPermissionError,
+    MigrationError,
+    OverlapError,
+    PostcopyError,
+    ProtocolError,
+    UnsupportedError,
+    VfioError,
+)
+from vfiodma.migration import PageReceiver, PrecopySource, SocketTransport
+from vfiodma.migration.bandwidth import BandwidthLimit
+from vfiodma.migration.channel import FrameChannel
+from vfiodma.migration.events import PostcopyBegun, PostcopyDone, PostcopyProgress, Progress
+from vfiodma.migration.handover import SourceState
+from vfiodma.migration.layout import MemoryLayout
+from vfiodma.migration.postcopy_source import PagePusher, Postcopy
+from vfiodma.migration.stream import Compression, Kind, Phase
+
+ALL = sum(PAGES)
+
+
+@pytest.fixture(autouse=True)
+def permitted():
+    skip_unless_permitted()
+
+
+@pytest.fixture
+def source():
+    with filled() as memory:
+        yield memory
+
+
+@pytest.mark.parametrize(("rounds", "options"), [
+    (0, {}), (1, {}), (3, {"compression": "zstd"}), (2, {"channels": 3}), (0, {"channels": 2, "checksum": "none"}),
+    (1, {"bandwidth_limit": 20e6}),
+])
+def test_threads_see_the_bytes_of_the_source_while_they_come(tmp_path, source, rounds, options):
+    receiver = {"checksum": options["checksum"]} if "checksum" in options else {}
+    with Pair(tmp_path, source, postcopy=Postcopy(rounds, when_needed=False), receiver=receiver, **options) as pair:
+        assert pair.receiver.serve() is Phase.OWNER
+        touchers = [Toucher(pair.memory, source, seed) for seed in range(3)]
+        done = pair.finish()
+        for each in touchers:
+            each.join(20)
+        assert [each.wrong for each in touchers] == [0, 0, 0]
+        begun = next(event for event in pair.events if isinstance(event, PostcopyBegun))
+        told = pair.result.postcopy
+        assert done.pages + done.zero_pages == told.pages + told.zero_pages == begun.pages <= (20 * rounds or ALL)
+        assert told.faults == done.faults and told.fault_max >= told.fault_median >= 0
+        assert any(isinstance(event, PostcopyProgress) and not event.left for event in pair.events)
+        assert len(pair.result.rounds) == rounds + 1 and pair.states["device"] == b"state"
+        assert pair.machine.calls == ["stop", "state"] and pair.migration.source.handover.state is SourceState.GIVEN
+        pair.receiver.close()       # nothing is left: it may
+
+
+def test_a_switch_that_is_asked_for_cuts_the_round_and_keeps_what_came(tmp_path, source):
+    asked = threading.Event()
+
+    def hook(pair, event):
+        if isinstance(event, Progress) and not asked.is_set():      # of a round of 1.5 s, the first frame went out
+            asked.set()
+            pair.migration.switch_to_postcopy()
+            pair.migration.source.limit.rate = None
+
+    with Pair(tmp_path, source, postcopy=True, bandwidth_limit=2e6, max_rounds=100, hook=hook) as pair:
+        assert pair.receiver.serve() is Phase.OWNER
+        assert asked.is_set()
+        pair.finish()
+        begun = next(event for event in pair.events if isinstance(event, PostcopyBegun))
+        assert begun.reason == "asked for" and 0 < begun.pages < ALL
+
+
+def test_a_migration_that_converges_does_not_switch(tmp_path, source):
+    with Pair(tmp_path, source, writes=0, postcopy=True, downtime_limit=10.0) as pair:
+        assert pair.receiver.serve() is Phase.OWNER
+        assert pair.receiver.finish() is None
+        pair.thread.join(20)
+        assert pair.result.postcopy is None and not pair.migration.source.switched
+
+
+def test_one_that_does_not_converge_switches_instead_of_stopping_for_long(tmp_path, source):
+    with Pair(tmp_path, source, writes=500, postcopy=Postcopy(), max_rounds=5) as pair:
+        assert pair.receiver.serve() is Phase.OWNER
+        pair.finish()
+        assert pair.result.postcopy is not None and len(pair.result.rounds) <= 6
+
+
+@pytest.mark.parametrize("cuts", [(12,), (11, 5, 4), (None, 3, 4, 5)])
+def test_a_broken_connection_makes_threads_wait_and_the_next_one_goes_on(tmp_path, source, cuts):
+    with Pair(tmp_path, source, postcopy=Postcopy(0), cuts=cuts) as pair:
+        assert pair.receiver.serve() is Phase.OWNER
+        touchers = [Toucher(pair.memory, source, seed) for seed in range(2)]
+        pair.finish()
+        for each in touchers:
+            each.join(20)
+        assert [each.wrong for each in touchers] == [0, 0]
+
+
+@pytest.mark.parametrize("cut", range(1, 10))
+def test_a_connection_that_breaks_around_the_switch_costs_no_byte_and_no_owner(tmp_path, source, cut):
+    with Pair(tmp_path, source, postcopy=Postcopy(0), cuts=(cut,)) as pair:
+        try:
+            phase = pair.receiver.serve(1)
+        except VfioError:
+            phase = None
+        if phase is Phase.OWNER:
+            pair.finish()
+        else:
+            pair.thread.join(20)
+            assert pair.migration.source is None or pair.migration.source.handover.may_run
+
+
+def test_a_source_that_is_killed_is_an_error_that_says_how_many_pages_are_missing(tmp_path, source):
+    with Pair(tmp_path, source, postcopy=Postcopy(0), bandwidth_limit=1e6, reconnect_timeout=0.1) as pair:
+        assert pair.receiver.serve(0.3) is Phase.OWNER
+        pair.listener.close()
+        assert pair.pushing.wait(10)
+        here = pair.migration.source
+        here._channel.transport.interrupt()
+        with pytest.raises(PostcopyError, match=rf"\d+ of the {ALL} pages that were to come are missing") as caught:
+            pair.receiver.finish(20)
+        assert 0 < caught.value.missing == pair.receiver.missing <= ALL
+        pair.thread.join(20)
+        assert isinstance(pair.failure, PostcopyError) and pair.failure.missing > 0
+        assert here.handover.state is SourceState.GIVEN and not here.handover.may_run
+        assert "resume" not in pair.machine.calls
+        with pytest.raises(BusyError, match="pages of the guest are not there yet"):
+            pair.receiver.close()
+
+
+def test_a_source_that_was_away_for_long_is_waited_for_again(tmp_path, source):
+    with Pair(tmp_path, source, postcopy=Postcopy(0), bandwidth_limit=1e6, reconnect_timeout=0.1) as pair:
+        assert pair.receiver.serve(0.2) is Phase.OWNER
+        assert pair.pushing.wait(10)
+        here, refused = pair.migration.source, pair.url
+        pair.url = "unix:/nowhere"
+        here._channel.transport.interrupt()
+        with pytest.raises(PostcopyError):
+            pair.receiver.finish(20)
+        pair.thread.join(20)
+        assert isinstance(pair.failure, PostcopyError)
+        pair.url, here.limit.rate, pair.failure = refused, None, None
+        results = []
+        line = pair.connect()
+        thread = threading.Thread(target=lambda: results.append(here.push(line)))
+        thread.start()
+        while True:
+            try:
+                done = pair.finish()
+                break
+            except PostcopyError:       # its helper waits a while, as it was told to
+                time.sleep(0.05)
+        thread.join(20)
+        line.close()
+        assert isinstance(results[0], PostcopyDone) and results[0].faults == done.faults
+
+
+def test_a_helper_that_is_killed_is_an_error(tmp_path, source):
+    with Pair(tmp_path, source, postcopy=Postcopy(0), bandwidth_limit=1e6, reconnect_timeout=0.1) as pair:
+        assert pair.receiver.serve() is Phase.OWNER
+        assert pair.pushing.wait(10)
+        os.kill(pair.receiver._missing._pid, signal.SIGKILL)
+        for _ in range(2):
+            with pytest.raises(PostcopyError, match="helper process is gone") as caught:
+                pair.receiver.finish(20)
+            assert caught.value.errno == errno.EOWNERDEAD
+        pair.migration.source._channel.transport.interrupt()
+
+
+def test_a_destination_that_does_not_take_post_copy_refuses_before_anything_moves(tmp_path, source):
+    with Pair(tmp_path, source, receiver={"postcopy": False}) as pair:
+        with pytest.raises(UnsupportedError, match="postcopy=True"):
+            pair.receiver.receive()
+        pair.receiver._channel.close()
+        pair.thread.join(20)
+        assert isinstance(pair.failure, MigrationError) and pair.failure.peer_errno == errno.EOPNOTSUPP
+        assert pair.machine.calls == []
+
+
+def test_memory_that_nobody_can_wait_for_is_refused_before_anything_moves(tmp_path, source):
+    with Pair(tmp_path, source) as pair:
+        (tmp_path / "file").write_bytes(bytes(PAGES[0] * PAGE))
+        pair.memory.close()
+        pair.memory = GuestMemory()
+        pair.memory.add(GuestMemory.file(tmp_path / "file").region, GPAS[0])
+        pair.memory.add(GuestMemory.anonymous(PAGES[1] * PAGE).region, GPAS[1])
+        with pytest.raises(UnsupportedError, match="file memory can't be waited for"):
+            pair.receiver.receive()
+        pair.receiver._channel.close()
+        pair.thread.join(20)
+        assert pair.failure.peer_errno == errno.EOPNOTSUPP
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_who_has_no_userfaultfd_is_told_how_to_get_it(tmp_path):
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
+        pytest.skip("vm.unprivileged_userfaultfd is on")
+    read, write = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            os.setresuid(65534, 65534, 65534)
+            with GuestMemory.memfd(PAGE) as memory:
+                MissingPages(memory.region.vaddr, PAGE, DirtyBitmap(1))
+        except DmaPermissionError as exc:
+            os.write(write, str(exc).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    words = os.read(read, 1000).decode()
+    os.close(read)
+    assert "vm.unprivileged_userfaultfd=1" in words and "CAP_SYS_PTRACE" in words
+
+
+def forged(kind, runs, content=b"", block=0):
+    return lambda channel, epoch: channel.send(
+        kind, np.array(runs, "<u8"), content=[content], block=block, nruns=len(runs), epoch=epoch)
+
+
+@pytest.mark.parametrize("forge", [
+    forged(Kind.PAGES, [[700, 1]], bytes(PAGE)), forged(Kind.PAGES, [[0, 1], [0, 1]], bytes(2 * PAGE)),
+    forged(Kind.PAGES, [[1 << 63, 1 << 63]], bytes(PAGE)), forged(Kind.PAGES, [[0, 2]], bytes(PAGE)),
+    forged(Kind.ZEROS, [[0, 701]]), forged(Kind.ZEROS, [[0, 0]]), forged(Kind.ZEROS, [[0, 1]], block=2),
+    forged(Kind.ZEROS, [[0, 1]], b"x"), forged(Kind.STATE, []),
+    lambda channel, epoch: channel.send(Kind.END, bytes(24), epoch=epoch),
+    lambda channel, epoch: channel.send(Kind.ZEROS, np.array([[0, 1]], "<u8"), nruns=1, epoch=epoch + 1),
+])
+def test_a_frame_that_can_not_be_ends_the_connection_and_places_nothing(tmp_path, source, forge):
+    with Pair(tmp_path, source, postcopy=Postcopy(0)) as pair:
+        pushed = []
+
+        def forging(pusher, before=PrecopySource._push):
+            here = pair.migration.source
+            if not pushed:
+                pushed.append(forge(here._channel, here._epoch))
+            return before(here, pusher)
+
+        while pair.migration.source is None:
+            time.sleep(0.01)
+        pair.migration.source._push = forging
+        assert pair.receiver.serve() is Phase.OWNER
+        pair.finish()
+        assert pair.result.postcopy.breaks == 1
+
+
+@pytest.mark.parametrize(("number", "runs"), [
+    (0, [[2, 1]]), (0, [[0, 1 << 63]]), (1, [[0, 1]]), (0, [[700, 1]]), (0, []), (0, [[0, 0]]), (0, [[0, 300]]),
+    (9, [[0, 1]]),
+])
+def test_a_destination_that_wants_what_it_has_or_what_is_not_there_is_refused(source, number, runs):
+    ours, theirs = (SocketTransport(sock, 5.0) for sock in socket.socketpair())
+    with MemoryLayout(source, PAGE) as layout:
+        left = DirtyBitmap(layout.nbits, PAGE)
+        left.set(0, 2)
+        left.set(3, 600)
+        pusher = PagePusher(layout, left, 7, limit=BandwidthLimit(), compression=Compression.NONE,
+                            paused=lambda: False, on_event=lambda _: None)
+        FrameChannel(theirs).send(Kind.WANTED, np.array(runs, "<u8"), block=number, nruns=len(runs), epoch=7)
+        with pytest.raises(ProtocolError):
+            pusher.run(FrameChannel(ours), False)
+        pusher.close()
+        assert pusher.missing == 602
+    ours.close()
+    theirs.close()
+
+
+def test_a_destination_that_lacks_what_came_before_is_refused(source):
+    ours, theirs = (SocketTransport(sock, 5.0) for sock in socket.socketpair())
+    with MemoryLayout(source, PAGE) as layout:
+        left = DirtyBitmap(layout.nbits, PAGE)
+        left.set(0, 2)
+        pusher = PagePusher(layout, left, 7, limit=BandwidthLimit(), compression=Compression.NONE,
+                            paused=lambda: False, on_event=lambda _: None)
+        channel = FrameChannel(theirs)
+        channel.send(Kind.MISSING, (0).to_bytes(8, "little"), (5).to_bytes(8, "little"), epoch=7)
+        channel.send(Kind.MISSING, epoch=7)
+        with pytest.raises(ProtocolError, match="lacks 1 pages"):
+            pusher.run(FrameChannel(ours), True)
+        pusher.close()
+    ours.close()
+    theirs.close()
+
+
+def test_a_page_is_placed_once_and_only_where_nobody_else_put_something():
+    with GuestMemory.memfd(8 * PAGE) as memory:
+        memory.write(0, b"old" * PAGE)
+        left = DirtyBitmap(8)
+        left.set(0, 7)
+        pages = MissingPages(memory.region.vaddr, memory.size, left)
+        with memory.region.remap() as other:
+            other.view()[6 * PAGE:6 * PAGE + 7] = b"touched"
+        pages.place(np.array([[0, 2]], np.uint64), b"a" * 2 * PAGE)
+        for runs in ([[1, 1]], [[2, 1], [2, 1]], [[7, 1]], [[6, 3]], [[8, 1]], [[1 << 63, 1 << 63]], [[3, 0]]):
+            with pytest.raises(ProtocolError):
+                pages.place(np.array(runs, np.uint64))
+        with pytest.raises(ProtocolError):
+            pages.place(np.array([[2, 2]], np.uint64), b"short")
+        assert pages.left == 5 and pages.fill(7) and pages.fill(7) and not pages.fill(3)
+        with pytest.raises(OverlapError):
+            pages.place(np.array([[5, 2]], np.uint64), b"b" * 2 * PAGE)
+        assert pages.left == 4 and not pages.is_missing(5) and pages.is_missing(6)
+        assert touch(memory.region.vaddr + 6 * PAGE)[:7] == b"touched"
+        with pytest.raises(BusyError):
+            pages.close()
+        pages.close(abandon=True)
+        with pytest.raises(VfioError) as failed:
+            pages.next(0)
+        assert failed.value.errno == errno.EBADF
+
+
+def test_who_waits_for_faults_and_who_closes_are_no_race():
+    for seed in range(30):
+        with GuestMemory.anonymous(4 * PAGE) as memory:
+            pages = MissingPages(memory.region.vaddr, memory.size, DirtyBitmap(4), shared=False)
+            failures = []
+
+            def look(pages=pages, failures=failures):
+                try:
+                    while True:
+                        pages.next(0.01)
+                except VfioError as exc:
+                    failures.append(exc.errno)
+
+            threads = [threading.Thread(target=look) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            time.sleep(random.Random(seed).random() / 100)
+            pages.close()
+            for thread in threads:
+                thread.join(10)
+            assert failures == [errno.EBADF] * 3
+
+
+def test_shared_memory_and_post_copy_exclude_each_other():
+    ours, theirs = socket.socketpair()
+    with pytest.raises(VfioError, match="nothing to do"):
+        PrecopySource(SocketTransport(ours), share_memory=True, postcopy=True)
+    source = PrecopySource(SocketTransport(ours))
+    for call in (source.switch_to_postcopy, source.push):
+        with pytest.raises(VfioError) as refused:
+            call()
+        assert refused.value.errno == errno.EINVAL
+    with pytest.raises(VfioError):
+        Postcopy(-1)
+    assert PageReceiver(SocketTransport(theirs), make_memory).finish() is None and Machine()
+    ours.close()
+    theirs.close()
