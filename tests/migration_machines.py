@@ -10,11 +10,11 @@ import socket
 import threading
 
 from migration_doubles import guest
+from transport_ends import accepted_end, bound_socket, connected_end
 
 from vfiodma import DirtyBitmap, DirtyTracker, IoAddressSpace, SoftwareGroup, open_backend
 from vfiodma.devices.dma_writer import DmaWriter
 from vfiodma.errors import MigrationError
-from vfiodma.migration import SocketTransport
 from vfiodma.migration.layout import MemoryLayout
 
 PAGE = 4096
@@ -185,52 +185,56 @@ class Doom:
         os.fsync, os.replace = counted(os.fsync), counted(os.replace)
 
 
-class Mortal(SocketTransport):
-    """A socket of a process that is to be killed."""
+def mortal(transport, doom):
+    """Make a transport of a process that is to be killed end it where doom says."""
+    send, receive_into = transport.send, transport.receive_into
 
-    def __init__(self, sock, doom, timeout=10.0):
-        super().__init__(sock, timeout)
-        self._doom = doom
-
-    def send(self, parts):
-        self._doom.step("call")
+    def last_send(parts):
+        doom.step("call")
         data = b"".join(bytes(part) for part in parts)
-        left = self._doom.move(len(data))
-        super().send([data[:left]])
+        left = doom.move(len(data))
+        send([data[:left]])
         if left < len(data):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def receive_into(self, view):
-        super().receive_into(view)
-        if self._doom.move(len(view)) < len(view):
+    def last_receive(view):
+        receive_into(view)
+        if doom.move(len(view)) < len(view):
             os.kill(os.getpid(), signal.SIGKILL)
-        self._doom.step("call")
+        doom.step("call")
+
+    transport.send, transport.receive_into = last_send, last_receive
+    return transport
 
 
 class Gate:
-    """A socket that listens, for as long as one process has it; connecting to it needs its name only."""
+    """A socket that listens, for as long as one process has it; connecting to it needs its name only.
 
-    def __init__(self):
-        self._sock = socket.socket(socket.AF_UNIX)
-        self._sock.bind(b"")            # a name that the kernel makes up
-        self._sock.listen(16)
+    ``kind`` and ``files`` are those of transport_ends: what the connections are, or what comes over them.
+    """
+
+    def __init__(self, kind="unix", files=None):
+        self._kind, self._files = kind, files
+        self._sock = bound_socket(kind)
         self.name = self._sock.getsockname()
 
-    def accept(self, timeout=10.0, make=SocketTransport, unless=()):
+    def accept(self, timeout=10.0, doom=None, unless=()):
         """Return a connection; none comes any more once a descriptor of ``unless`` is readable."""
         ready = select.select([self._sock, *unless], [], [], timeout)[0]
         if self._sock not in ready:
             raise MigrationError(errno.ETIMEDOUT, operation="accept", hint="nobody came")
-        return make(self._sock.accept()[0])
+        transport = accepted_end(self._kind, self._sock.accept()[0], self._files)
+        return mortal(transport, doom) if doom else transport
 
-    def connect(self, make=SocketTransport):
-        sock = socket.socket(socket.AF_UNIX)
+    def connect(self, doom=None):
+        sock = socket.socket(self._sock.family)
         try:
             sock.connect(self.name)
+            transport = connected_end(self._kind, sock, self._files)
         except OSError as exc:
             sock.close()
             raise MigrationError(exc.errno, operation="connect") from None
-        return make(sock)
+        return mortal(transport, doom) if doom else transport
 
     def close(self):
         self._sock.close()

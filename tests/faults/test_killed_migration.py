@@ -2,7 +2,8 @@
 
 200 senders and 200 receivers, in turn inside a frame, between two calls of the transport, between two steps of the
 journal, and at a random time; five times as many by VFIODMA_PROFILE=deep.  One, two or three channels, with and without
-compression.  The devices of the source write by DMA throughout.
+compression.  The devices of the source write by DMA throughout.  That is over UNIX sockets; some more die over TCP,
+TLS, pipes and sockets by descriptor.
 """
 import collections
 import contextlib
@@ -18,14 +19,16 @@ from typing import NamedTuple
 
 import pytest
 from migration_doubles import content_of
-from migration_machines import Child, Doom, Gate, Mortal, SoftMachine, empty_guest, missing_pages, small_guest
+from migration_machines import Child, Doom, Gate, SoftMachine, empty_guest, missing_pages, small_guest
+from transport_ends import have_openssl, make_certificates
 
 from vfiodma.errors import HandoverError, MigrationError, VfioError
 from vfiodma.migration import PageReceiver, PrecopySource
 from vfiodma.migration.handover import DestinationHandover, Journal, SourceState
 from vfiodma.migration.stream import Phase
 
-KILLS = 1000 if os.environ.get("VFIODMA_PROFILE") == "deep" else 200
+DEEP = os.environ.get("VFIODMA_PROFILE") == "deep"
+KILLS = {"unix": 1000 if DEEP else 200, **dict.fromkeys(["tcp", "tls", "pipe", "fd"], 200 if DEEP else 5)}
 KINDS = "byte", "call", "journal", "time"
 OPTIONS = [{"channels": 1}, {"channels": 2, "compression": "auto"}, {"channels": 3}]
 
@@ -34,6 +37,19 @@ OPTIONS = [{"channels": 1}, {"channels": 2, "compression": "auto"}, {"channels":
 def memories():
     with small_guest(1) as memory, empty_guest() as target:
         yield memory, target, content_of(memory), content_of(target)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    return make_certificates(tmp_path_factory.mktemp("tls")) if have_openssl() else None
+
+
+@pytest.fixture(params=KILLS)
+def kind(request, certificates):
+    """Of the transport, and what it needs."""
+    if request.param == "tls" and certificates is None:
+        pytest.skip("needs openssl")
+    return request.param, certificates
 
 
 @pytest.fixture
@@ -91,14 +107,14 @@ def killed_at(victim, seconds):
 class Senders:
     """One case: the sender and what is started after it are processes, the destination is here."""
 
-    def __init__(self, memories, folder, doom, options, seed):
+    def __init__(self, memories, folder, doom, options, seed, kind):
         self.memory, self.target, self.doom, self.seed = *memories[:2], doom, seed
         restore(self.memory, memories[2])
         restore(self.target, memories[3])
         self.here, self.there = folder / "source", folder / "destination"
         for path in (self.here, self.there):
             path.unlink(missing_ok=True)
-        self.options, self.gate, self.states = options, Gate(), {}
+        self.options, self.gate, self.states = options, Gate(*kind), {}
         self.victim, self.successor = Child(self.send), Child(self.settle)
         self.restarted = False
 
@@ -106,7 +122,7 @@ class Senders:
         self.doom.guard_journal()
 
         def connect():
-            return self.gate.connect(lambda sock: Mortal(sock, self.doom))
+            return self.gate.connect(self.doom)
 
         with SoftMachine(self.memory, seed=self.seed) as machine, PrecopySource(
                 connect(), connect=connect, reconnect_timeout=5, journal=Journal(self.here), downtime_limit=1e-9,
@@ -197,56 +213,57 @@ class Count(Doom):
         self._path.write_text(f"{self._calls} {self.moved}")
 
 
-def campaign(case, memories, folder):
-    """Kill until KILLS were killed; return how often the journals said what."""
+def campaign(case, memories, folder, kind):
+    """Kill until as many were killed as KILLS says; return how often the journals said what."""
     rng, scales, outcomes = random.Random(4), [], collections.Counter()
     for options in OPTIONS:
         began, counts = time.monotonic(), folder / "counts"
-        one = case(memories, folder, Count(counts), options, 0)
+        one = case(memories, folder, Count(counts), options, 0, kind)
         one.run()
         assert one.victim.status == 0
         scales.append(Scale(*map(int, counts.read_text().split()), time.monotonic() - began))
     killed = tried = 0
     slowest = 0.0, "none"
-    while killed < KILLS:
-        assert tried < 3 * KILLS
-        kind, which = KINDS[tried % len(KINDS)], tried // len(KINDS) % len(OPTIONS)
-        at, options = scales[which].moment(rng, kind), OPTIONS[which]
-        one = case(memories, folder, Doom("never" if kind == "time" else kind, at), options, tried)
+    most = KILLS[kind[0]]
+    while killed < most:
+        assert tried < 3 * most
+        how, which = KINDS[tried % len(KINDS)], tried // len(KINDS) % len(OPTIONS)
+        at, options = scales[which].moment(rng, how), OPTIONS[which]
+        one = case(memories, folder, Doom("never" if how == "time" else how, at), options, tried, kind)
         began = time.monotonic()
         try:
-            outcome = one.run(at if kind == "time" else None)
+            outcome = one.run(at if how == "time" else None)
         except BaseException:
-            print(f"try {tried}: {kind} {at}, {options}")
+            print(f"{kind[0]}, try {tried}: {how} {at}, {options}")
             raise
-        slowest = max(slowest, (time.monotonic() - began, f"{tried}, {kind} {at}, {options}"))
+        slowest = max(slowest, (time.monotonic() - began, f"{tried}, {how} {at}, {options}"))
         if one.victim.status == -9:
             killed += 1
             outcomes[outcome] += 1
         tried += 1
-    print(f"{killed} killed of {tried}: " + ", ".join(f"{outcome} {count}" for outcome, count in outcomes.items())
-          + f"; slowest {slowest[0]:.2f} s (try {slowest[1]})")
+    counts = ", ".join(f"{outcome} {count}" for outcome, count in outcomes.items())
+    print(f"{kind[0]}: {killed} killed of {tried}: {counts}; slowest {slowest[0]:.2f} s (try {slowest[1]})")
     return outcomes
 
 
-def test_a_sender_killed_at_any_moment_leaves_one_owner_or_none(memories, folder):
-    outcomes = campaign(Senders, memories, folder)
-    assert sum(outcomes.values()) == KILLS
+def test_a_sender_killed_at_any_moment_leaves_one_owner_or_none(memories, folder, kind):
+    outcomes = campaign(Senders, memories, folder, kind)
+    assert sum(outcomes.values()) == KILLS[kind[0]]
     # Every way in which it can end was seen.
-    assert {(None, "ABORTED", None), ("committing", "OWNER", "given")} <= set(outcomes)
+    assert KILLS[kind[0]] < 100 or {(None, "ABORTED", None), ("committing", "OWNER", "given")} <= set(outcomes)
 
 
 class Receivers:
     """One case: the receiver and what is started after it are processes, the source is here."""
 
-    def __init__(self, memories, folder, doom, options, seed):
+    def __init__(self, memories, folder, doom, options, seed, kind):
         self.memory, self.target, self.doom, self.seed = *memories[:2], doom, seed
         restore(self.memory, memories[2])
         restore(self.target, memories[3])
         self.here, self.there = folder / "source", folder / "destination"
         for path in (self.here, self.there):
             path.unlink(missing_ok=True)
-        self.options, self.gates = options, [Gate(), Gate()]
+        self.options, self.gates = options, [Gate(*kind), Gate(*kind)]
         self.victim = Child(self.receive, without=self.gates[1:])
         self.successor = Child(self.receive_again, without=self.gates[:1])
         for gate in self.gates:         # theirs alone
@@ -258,7 +275,7 @@ class Receivers:
         self.doom.guard_journal()
 
         def accept(timeout=10.0):
-            return self.gates[0].accept(timeout, lambda sock: Mortal(sock, self.doom))
+            return self.gates[0].accept(timeout, self.doom)
 
         with PageReceiver(accept(), lambda hello: self.target, journal=Journal(self.there), accept=accept,
                           channels=3) as receiver:
@@ -298,8 +315,12 @@ class Receivers:
     def migrate(self, stack, machine):
         # Every other source can connect again by itself; the others are asked to settle where there is doubt.
         can = self.options["channels"] > 1 or self.seed % 2
-        source = stack.enter_context(PrecopySource(
-            stack.enter_context(contextlib.closing(self.gates[0].connect())), connect=self.connect if can else None,
+        try:
+            transport = stack.enter_context(contextlib.closing(self.gates[0].connect()))
+        except MigrationError:      # killed in a handshake: there is no migration
+            assert self.victim.wait() == -9 and phase_of(Journal(self.there)) is None and machine.running
+            return None, None, "running"
+        source = stack.enter_context(PrecopySource(transport, connect=self.connect if can else None,
             reconnect_timeout=0.3, journal=Journal(self.here), downtime_limit=1e-9, max_rounds=3, **self.options))
         self.connections = 1
         try:
@@ -336,8 +357,8 @@ class Receivers:
         return (*self.before, source.handover.state.value)
 
 
-def test_a_receiver_killed_at_any_moment_leaves_the_guest_to_one_side(memories, folder):
-    outcomes = campaign(Receivers, memories, folder)
-    assert sum(outcomes.values()) == KILLS
-    assert {(None, "RECEIVING", "running"), ("committing", "RECEIVING", "kept"), ("committing", "OWNER", "given")} <= \
-        set(outcomes)
+def test_a_receiver_killed_at_any_moment_leaves_the_guest_to_one_side(memories, folder, kind):
+    outcomes = campaign(Receivers, memories, folder, kind)
+    assert sum(outcomes.values()) == KILLS[kind[0]]
+    assert KILLS[kind[0]] < 100 or set(outcomes) >= {
+        (None, "RECEIVING", "running"), ("committing", "RECEIVING", "kept"), ("committing", "OWNER", "given")}
