@@ -16,6 +16,9 @@ cdef extern from "Python.h":
 
 cdef extern from *:
     """
+    /* Not inlined: the short way then needs no register saved. */
+    static uint64_t args_u64_of(PyObject *, PyObject *) __attribute__((cold));
+
     /* An int of up to two digits (60 bits, no sign), read without a call; 0 = not one, or laid out in another way. */
     static inline int args_digits(PyObject *number, uint64_t *value)
     {
@@ -44,10 +47,11 @@ cdef extern from *:
     }
     """
     bint args_digits(object, uint64_t *value) noexcept
+    bint likely(bint) noexcept
 
 
 # u64() of any object: every number of bits, and the errors.
-cdef inline uint64_t u64_of(str operation, object number) except? 0xffffffffffffffff:
+cdef inline uint64_t u64_of "args_u64_of" (str operation, object number) except? 0xffffffffffffffff:
     cdef uint64_t value
     cdef long long small
     cdef int overflow
@@ -66,7 +70,7 @@ cdef inline uint64_t u64_of(str operation, object number) except? 0xffffffffffff
 # The integer as uint64: TypeError for another type, EINVAL for another integer.
 cdef inline uint64_t u64(str operation, object number) except? 0xffffffffffffffff:
     cdef uint64_t value
-    if args_digits(number, &value):
+    if likely(args_digits(number, &value)):
         return value
     return u64_of(operation, number)
 

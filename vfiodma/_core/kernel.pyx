@@ -39,6 +39,12 @@ cdef extern from *:
     bint kernel_only_thread() noexcept nogil
 
 
+cdef inline long once(int fd, uint32_t request, void *arg) noexcept nogil:
+    """Return the result of one ioctl, or -errno."""
+    cdef int result = ioctl(fd, request, arg)
+    return result if result >= 0 else -errno
+
+
 cdef enum:
     EAGAIN_TRIES = 1000             # of a millisecond each: a lock of the device that somebody holds for long is EAGAIN
 
@@ -66,33 +72,30 @@ cdef class Descriptor:
         self.real = system is None or getattr(system, "real", False)
         self.fd = fd
 
-    cdef long once(self, int fd, uint32_t request, void *arg) except? -1:
-        """Return the result of one ioctl, or -errno."""
-        cdef int result
-        if kernel_only_thread():
-            result = ioctl(fd, request, arg)
-            return result if result >= 0 else -errno
-        self.users += 1                     # so long the number stays this file's
-        with nogil:
-            result = ioctl(fd, request, arg)
-            if result < 0:
-                result = -errno
-        self.users -= 1
-        if self.fd != fd and not self.users:
-            self.release(fd)
-        return result
-
+    @cython.final
     cdef long call(self, uint32_t request, void *arg) except? -1:
         """Return the ioctl's result, or -errno; raises for signals only."""
         cdef int fd = self.fd
         cdef long result
         if not self.real or fd < 0:
             return self.call_system(request, arg)
-        result = self.once(fd, request, arg)
+        result = once(fd, request, arg) if kernel_only_thread() else self.once_nogil(fd, request, arg)
         if result >= 0 or (result != -EINTR and result != -EAGAIN):
             return result
         return self.call_again(request, arg, result)
 
+    @cython.final
+    cdef long once_nogil(self, int fd, uint32_t request, void *arg) except? -1:
+        cdef long result
+        self.users += 1                     # so long the number stays this file's
+        with nogil:
+            result = once(fd, request, arg)
+        self.users -= 1
+        if self.fd != fd and not self.users:
+            self.release(fd)
+        return result
+
+    @cython.final
     cdef long call_system(self, uint32_t request, void *arg) except? -1:
         if self.fd < 0:
             return -EBADF
@@ -101,6 +104,7 @@ cdef class Descriptor:
         except OSError as exc:
             return -<long> exc.errno
 
+    @cython.final
     cdef long call_again(self, uint32_t request, void *arg, long result) except? -1:
         """Go on with an ioctl that ended with EINTR or EAGAIN."""
         cdef int fd = self.fd, tries = 0
@@ -116,7 +120,7 @@ cdef class Descriptor:
             PyErr_CheckSignals()
             if self.fd != fd:               # closed meanwhile: the number may be somebody else's
                 return -EBADF
-            result = self.once(fd, request, arg)
+            result = self.once_nogil(fd, request, arg)
             if result != -EINTR and result != -EAGAIN:
                 return result
 
@@ -201,6 +205,7 @@ cdef class Type1Ioctls(Descriptor):
 
     # ---- one ioctl
 
+    @cython.final
     cdef long map_one(self, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags) except? -1:
         cdef dma_map args
         args.argsz = sizeof(args)
@@ -210,6 +215,7 @@ cdef class Type1Ioctls(Descriptor):
         args.size = size
         return self.call(MAP_DMA, &args)
 
+    @cython.final
     cdef long unmap_one(self, uint64_t iova, uint64_t size, uint32_t flags, uint64_t *unmapped) except? -1:
         cdef dma_unmap args
         cdef long result
@@ -223,6 +229,7 @@ cdef class Type1Ioctls(Descriptor):
 
     # ---- mapping
 
+    @cython.final
     cdef long map_pieces(self, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags) except? -1:
         """Map, in pieces where it is too large for one; all of them, or none."""
         cdef uint64_t done = 0, piece, unmapped
