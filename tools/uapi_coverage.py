@@ -131,7 +131,6 @@ BY_HAND: list[tuple[str, str, str, str, str]] = [
      "tests/unit/test_device_parts.py", "def test_every_capability_of_a_region_is_decoded", "by number"),
     ("VFIO_REGION_TYPE_PCI_VENDOR_MASK", "tests", "tests/unit/test_model_regions.py", "info.type.vendor == 0x8086",
      "RegionType.vendor"),
-    ("VFIO_GFX_PLANE_TYPE_PROBE", "tests", "tests/unit/test_software_device_regions.py", "gfx(device, 3)", "by number"),
     ("VFIO_DEVICE_INFO_CAP_ZPCI_.*", "tests", "tests/unit/test_software_device_regions.py", "(4, 2, b\"abc\")",
      "as any capability"),
     ("VFIO_IOMMU_NESTING_OP_.*|vfio_iommu_type1_nesting_op", "tests", "tests/unit/test_nesting_op.py",
