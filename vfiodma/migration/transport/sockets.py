@@ -12,6 +12,9 @@ from ..._core.errno import error
 from ...errors import MigrationError, VfioError
 
 _MAX_PARTS = 512        # of one sendmsg(2) or writev(2); IOV_MAX is 1024
+#: Bytes on their way through a UNIX socket, at least: by default so few that one side stands still while the other one
+#: looks at what it has.  More would make a page wait that post-copy wants now.  The kernel books twice as much.
+_UNIX_BYTES = 256 << 10
 
 
 class Transport(Protocol):
@@ -169,6 +172,9 @@ class SocketTransport(ByteTransport):
         limit = struct.pack("@ll", *divmod(max(round(timeout * 1e6), 1), 1_000_000))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        # TCP finds out by itself.
+        if sock.family == socket.AF_UNIX and sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < 2 * _UNIX_BYTES:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BYTES)
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[socket.socket]:
