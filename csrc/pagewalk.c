@@ -521,23 +521,27 @@ uint64_t pagewalk_bound(pagewalk *w, uint64_t pasid)
 
 /* ---- invalidation */
 
-void pagewalk_flush_pages(pagewalk *w, uint32_t pasid, uint64_t address, unsigned order)
+void pagewalk_flush_range(pagewalk *w, uint32_t pasid, uint64_t address, uint64_t npages)
 {
+    uint64_t page = address >> 12 & PAGE_NUMBER;
     pthread_mutex_lock(&w->lock);
-    if (order >= 45) {
-        drop_pasid(w, pasid, true);
+    if (npages > PAGE_NUMBER + 1 - page) {
+        drop_pasid(w, pasid, true);     /* it goes round */
+    } else if (npages > 256 || npages * 3 > w->room) {
+        drop_range(w, pasid, page, npages);
     } else {
-        uint64_t npages = 1ull << order, page = (address >> 12 & PAGE_NUMBER) & ~(npages - 1);
-        if (npages > 256 || npages * 3 > w->room) {
-            drop_range(w, pasid, page, npages);
-        } else {
-            slot *s;
-            for (uint64_t i = 0; i < npages; i++)
-                while ((s = find(w, pasid, (page + i) << 12)))
-                    drop(w, s);
-        }
+        slot *s;
+        for (uint64_t i = 0; i < npages; i++)
+            while ((s = find(w, pasid, (page + i) << 12)))
+                drop(w, s);
     }
     pthread_mutex_unlock(&w->lock);
+}
+
+void pagewalk_flush_pages(pagewalk *w, uint32_t pasid, uint64_t address, unsigned order)
+{
+    uint64_t npages = 1ull << (order < 45 ? order : 45);
+    pagewalk_flush_range(w, pasid, order < 45 ? address & ~(npages * 4096 - 1) : 0, npages);
 }
 
 void pagewalk_flush_pasid(pagewalk *w, uint32_t pasid)

@@ -73,6 +73,8 @@ void pagewalk_translate_many(pagewalk *, const pagewalk_memory *, uint64_t pasid
 
 /* Drop the pages of a PASID that have a byte of the 2^order 4 KiB pages around `address`; order above 51: all. */
 void pagewalk_flush_pages(pagewalk *, uint32_t pasid, uint64_t address, unsigned order);
+/* The same of exactly these 4 KiB pages. */
+void pagewalk_flush_range(pagewalk *, uint32_t pasid, uint64_t address, uint64_t npages);
 /* Drop what is cached of a PASID except global pages. */
 void pagewalk_flush_pasid(pagewalk *, uint32_t pasid);
 void pagewalk_flush_all(pagewalk *);

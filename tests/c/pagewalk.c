@@ -195,6 +195,13 @@ static void check_growth(void)
         assert(go(1, i << 12, PAGEWALK_READ) == (i % 2 ? (i % WORDS + 1) << 12 : FAULT(PTE_FETCH)));
     pagewalk_flush_pages(w, 1, 0, 16);
     assert(pagewalk_cached(w) == 50000 - 32768);
+    pagewalk_flush_range(w, 1, 70000ull << 12, 1001);           /* 500 odd pages */
+    pagewalk_flush_range(w, 1, 80001ull << 12, 1);
+    pagewalk_flush_range(w, 1, 80003ull << 12, 0);
+    pagewalk_flush_range(w, 2, 0, UINT64_MAX);
+    assert(pagewalk_cached(w) == 50000 - 32768 - 501);
+    pagewalk_flush_range(w, 1, 90000ull << 12, UINT64_MAX);
+    assert(pagewalk_cached(w) == 0);
     pagewalk_unbind(w, 1);
     assert(pagewalk_cached(w) == 0);
 }
@@ -270,6 +277,8 @@ static void fuzz(unsigned long walks)
             guest[any() % (PAGES * WORDS)] ^= 1ull << any() % 64;
         if (any() % 256 == 0)
             pagewalk_flush_pages(w, any() % 6, any(), any() % 60);
+        if (any() % 1024 == 0)
+            pagewalk_flush_range(w, any() % 6, any(), any() >> any() % 64);
         if (any() % 4096 == 0)
             pagewalk_flush_pasid(w, any() % 6);
     }

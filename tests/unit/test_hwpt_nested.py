@@ -556,6 +556,48 @@ def test_pasids_have_tables_of_their_own():
     door.call(DESTROY, "II", 8, plain)
 
 
+def test_devices_go_on_while_tables_change_under_them():
+    door = Nested()
+    parent = door.parent()
+    tables = [parent, door.nested(parent), door.nested(parent, s1=3)]
+    door.attach(door.node, parent)
+    failures, done = [], threading.Event()
+    door.entry(4, 16, 16 * PAGE | RWU)
+
+    def hammer(number):
+        try:
+            while not done.is_set():
+                # Page 16 is page 16 in every table; there is no moment without one.
+                assert door.port.read(16 * PAGE, 4) == b"p016"
+                door.port.write((20 + number) * PAGE, b"w" * 5000)
+        except BaseException as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=hammer, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for i in range(150):
+        door.attach(door.node, tables[i % 3])
+        door.invalidate(tables[1 + i % 2], [(16 * PAGE, i % 9, 0, 0)])
+        extra = door.nested(parent)
+        if i % 5 == 0:
+            door.attach(door.node, extra)
+            door.attach(door.node, parent)
+        door.call(DESTROY, "II", 8, extra)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+
+def test_wide_invalidations_are_bounded(attached):
+    attached.port.read(16 * PAGE, 4)
+    assert attached.invalidate(attached.table, [(1 << 40, 257, 0, 0)] * 60) == (0, 60)
+    assert attached.vfio._files[attached.fd].context.cached(attached.table)[0] == 1
+    assert attached.invalidate(attached.table, [(1 << 40, 257, 0, 0)] * 70) == (0, 70)
+    assert attached.vfio._files[attached.fd].context.cached(attached.table)[0] == 0
+
+
 def test_mediated_devices_have_none():
     door = Door(kernel="7.2", groups=[SoftwareGroup(0, [DEVICE], emulated=True)])
     node, _ = door.bind()

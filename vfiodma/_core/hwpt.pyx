@@ -19,7 +19,7 @@ from .ioas_state cimport (
 )
 from .nesting cimport (
     PAGEWALK_BAD_PASID_ENTRY, PAGEWALK_PASID_FETCH, PAGEWALK_PASID_INVALID, PAGEWALK_PERMISSION, PAGEWALK_PTE_FETCH,
-    PAGEWALK_UNKNOWN, PAGEWALK_WRITE, pagewalk_fault, pagewalk_result, wrote_entry,
+    PAGEWALK_READ, PAGEWALK_UNKNOWN, PAGEWALK_WRITE, pagewalk_fault, pagewalk_result, wrote_entry,
 )
 from .state cimport PS, V7_2, pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock
 
@@ -494,15 +494,6 @@ cdef int table_dma(context_t *c, const hwpt_t *hwpt, uint64_t iova, void *data, 
     return err
 
 
-cdef int device_dma(context_t *c, device_t *device, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
-    """A device's access through its table, beside others'; takes only `iotlb`.  Not through a guest's: that is nested_dma."""
-    cdef int err
-    pthread_rwlock_rdlock(&c.iotlb)
-    err = table_dma(c, NULL if device.hwpt and device.hwpt.parent else device.hwpt, iova, data, size, write, done)
-    pthread_rwlock_unlock(&c.iotlb)
-    return err
-
-
 cdef uint32_t no_table(const device_t *device, uint64_t pasid) noexcept nogil:
     if not pasid:
         return PAGEWALK_PTE_FETCH
@@ -544,3 +535,30 @@ cdef int nested_dma(context_t *c, device_t *device, uint64_t pasid, uint64_t add
                 err = -EFAULT
     pthread_rwlock_unlock(&c.iotlb)
     return err
+
+
+cdef int device_dma(context_t *c, device_t *device, uint64_t iova, void *data, uint64_t size, bint write, uint64_t *done) noexcept nogil:
+    """A device's access through its table, beside others'; takes only `iotlb`.  Errors as table_dma()."""
+    cdef unsigned access = PAGEWALK_WRITE if write else PAGEWALK_READ
+    cdef uint64_t gpa, part
+    cdef pagewalk_fault fault
+    cdef bint nested
+    cdef int err = 0
+    pthread_rwlock_rdlock(&c.iotlb)
+    nested = device.hwpt and device.hwpt.parent
+    if not nested:
+        err = table_dma(c, device.hwpt, iova, data, size, write, done)
+    pthread_rwlock_unlock(&c.iotlb)
+    if not nested:
+        return err
+    # It has just been attached to a guest's table, else the caller had gone there right away.
+    done[0] = 0
+    while size and not err:
+        err = nested_dma(c, device, 0, iova, data, size, access, &gpa, &part, &fault, NULL, NULL)
+        iova += part
+        data = <char *> data + part
+        size -= part
+        done[0] += part
+    if err:
+        return -EPERM if fault.reason == PAGEWALK_PERMISSION else -EFAULT if fault.reason == PAGEWALK_UNKNOWN else -ENOENT
+    return 0

@@ -36,13 +36,14 @@ cdef extern from "pagewalk.h" nogil:
     size_t pagewalk_cache_bytes(pagewalk *)
     int pagewalk_translate(pagewalk *, const pagewalk_memory *, uint64_t pasid, uint64_t address, unsigned access,
                            pagewalk_result *, pagewalk_fault *)
-    void pagewalk_flush_pages(pagewalk *, uint32_t pasid, uint64_t address, unsigned order)
+    void pagewalk_flush_range(pagewalk *, uint32_t pasid, uint64_t address, uint64_t npages)
     void pagewalk_flush_all(pagewalk *)
 
 cdef enum:
     ONLY = 1                            # the walker wants a number for the one table that it has here
     MOST_CACHED = 1 << 22               # translations kept
-    ALL_PAGES = 52                      # an order: every page there is
+    WIDE = 256                          # pages whose invalidation looks at the whole cache
+    MOST_WIDE = 64                      # of them in one array; then everything goes, as hardware may always do
     LEAF = 1
     MOST_IOTLB_ID = 3                   # of the mock IOMMU
     FL1GP = 56                          # bits of cap
@@ -158,22 +159,7 @@ cdef void nested_forget(hwpt_t *hwpt) noexcept nogil:
 
 # ---- invalidation
 
-cdef void flush_range(pagewalk *walk, uint64_t address, uint64_t npages) noexcept nogil:
-    """Exactly these pages, by aligned powers of two of them."""
-    cdef uint64_t page = address >> 12, end = page + npages
-    cdef unsigned order
-    if npages >> ALL_PAGES or end >> ALL_PAGES:
-        pagewalk_flush_all(walk)        # it goes round, or over the top
-        return
-    while page < end:
-        order = 0
-        while not page >> order & 1 and page + (<uint64_t> 2 << order) <= end:
-            order += 1
-        pagewalk_flush_pages(walk, ONLY, page << 12, order)
-        page += <uint64_t> 1 << order
-
-
-cdef int invalidate_vtd(hwpt_t *hwpt, uint64_t at) noexcept nogil:
+cdef int invalidate_vtd(hwpt_t *hwpt, uint64_t at, uint32_t *wide) noexcept nogil:
     cdef vtd_s1_invalidation entry
     if user_read(&entry, at, sizeof(entry)):
         return -EFAULT
@@ -181,8 +167,14 @@ cdef int invalidate_vtd(hwpt_t *hwpt, uint64_t at) noexcept nogil:
         return -EOPNOTSUPP
     if entry.addr & 4095 or entry.npages == UINT64_MAX and entry.addr:
         return -EINVAL
-    if hwpt.walk:
-        flush_range(hwpt.walk, entry.addr, entry.npages)
+    if not hwpt.walk:
+        return 0
+    if entry.npages > WIDE:
+        wide[0] += 1
+    if entry.npages == UINT64_MAX or wide[0] > MOST_WIDE:
+        pagewalk_flush_all(hwpt.walk)
+    else:
+        pagewalk_flush_range(hwpt.walk, ONLY, entry.addr, entry.npages)
     return 0
 
 
@@ -198,7 +190,7 @@ cdef int invalidate_mock(uint64_t at) noexcept nogil:
 cdef int nested_invalidate(hwpt_t *hwpt, uint32_t data_type, uint64_t data, uint32_t entry_len, uint32_t *n) noexcept nogil:
     """Do the entries in turn up to the first bad one; *n becomes their number."""
     cdef format_t format = format_of(hwpt.ioas.context, hwpt.nest)
-    cdef uint32_t wanted = n[0]
+    cdef uint32_t wanted = n[0], wide = 0
     cdef int err = 0
     n[0] = 0
     if data_type != format.entry_type:
@@ -206,7 +198,7 @@ cdef int nested_invalidate(hwpt_t *hwpt, uint32_t data_type, uint64_t data, uint
     while n[0] < wanted:
         if entry_len != format.entry_size:
             return -EINVAL
-        err = invalidate_mock(data) if hwpt.nest == NEST_SELFTEST else invalidate_vtd(hwpt, data)
+        err = invalidate_mock(data) if hwpt.nest == NEST_SELFTEST else invalidate_vtd(hwpt, data, &wide)
         if err:
             return err
         data += entry_len

@@ -14,7 +14,10 @@ import pytest
 from conformance.software_target import SoftwareTarget
 
 from vfiodma import SoftwareGroup, SoftwareVfio, VfioError
+from vfiodma.backends.iommufd import Iommufd, NestedHwpt
+from vfiodma.errors import InvalidArgumentError, UnsupportedError
 from vfiodma.kernel import KernelVfio
+from vfiodma.nesting import IommufdNestedDomain
 from vfiodma.uapi import iommufd as abi
 from vfiodma.uapi import vfio
 
@@ -265,3 +268,33 @@ def test_an_iommu_that_can_not_nest_refuses_the_same(memory):
     again = play_vtd(model, node, memory)
     assert abi.iommu_hw_info_vtd.unpack(ctypes.string_at(memory, 24)) == registers and again == info
     compare(kernel, model)
+
+
+# ---- the typed objects
+
+@pytest.mark.mock
+def test_what_can_not_nest_is_told_and_queues_work_alone():
+    with Iommufd() as iommufd:
+        with iommufd.alloc_fault_queue() as queue:
+            assert queue.read() == [] and not select.select([queue], [], [], 0)[0]
+            with pytest.raises(InvalidArgumentError):
+                queue.respond([(1, True)])
+        assert queue.fileno() == -1 and queue.id == 0
+        if not os.path.exists("/sys/bus/pci/devices/0000:00:14.0/iommu_group"):
+            return
+        device, ioas = iommufd.bind(EDU), iommufd.alloc_ioas()
+        with pytest.raises(UnsupportedError):
+            IommufdNestedDomain([device], ioas, pasids=False)
+        with pytest.raises(UnsupportedError):
+            IommufdNestedDomain([device], ioas)
+        plain = iommufd.alloc_hwpt(ioas, device.id)
+        with pytest.raises(InvalidArgumentError, match="nest_parent"):
+            plain.nested(device.id, 0x1000)
+        with pytest.raises(VfioError):
+            NestedHwpt(plain, plain.id).invalidate()
+        device.attach(plain)
+        with pytest.raises((InvalidArgumentError, UnsupportedError)):
+            device.attach(plain, 5)
+        device.detach()
+        plain.destroy()
+        ioas.destroy()
