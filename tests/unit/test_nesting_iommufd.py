@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from vfiodma import GuestMemory, SoftwareGroup, SoftwareVfio
-from vfiodma.backends.iommufd import Iommufd
+from vfiodma.backends.iommufd import HwptSource, Iommufd
 from vfiodma.errors import (
     BusyError,
     InvalidArgumentError,
@@ -205,6 +205,20 @@ def test_page_requests_are_answered_by_group(guest):
     assert closed.value.errno == errno.EBADF
     with pytest.raises(NotMappedError):
         guest.iommufd.destroy(99)
+
+
+def test_the_second_stage_is_a_source_of_dirty_pages(guest):
+    with IommufdNestedDomain(guest.devices, guest.ioas, dirty_tracking=True) as domain:
+        domain.bind(1, TABLE)
+        source = HwptSource(domain.parent)
+        source.start([(0, 64 * PAGE)], PAGE)
+        guest.entry(4, 16, 40 * PAGE | RWU)
+        guest.port.write(16 * PAGE, b"x", pasid=1)
+        words = bytearray(8)
+        assert source.harvest(0, 64 * PAGE, words) == 5
+        # The page, and the tables in which the walk has set flags.
+        assert int.from_bytes(words, "little") == 1 << 40 | 0b11110
+        source.stop()
 
 
 def test_a_closed_iommufd_takes_tables_and_queues_along(guest):

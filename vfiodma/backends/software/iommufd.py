@@ -88,20 +88,16 @@ class IommufdFile:
     def fault_queue_alloc(self, arg):
         with self.system._lock:
             number = self.context.add_fault_queue()
-            queue = None
             try:
                 queue = FaultQueueFile(self, number)
                 fd = self.system._new_fd(queue)
             except OSError:
-                if queue is not None:
-                    os.close(queue.event)
                 self.context.close_fault_queue(number, destroy=True)
                 raise
             try:
                 write_memory(arg, struct.pack("=4I", int.from_bytes(read_memory(arg, 4), "little"), 0, number, fd))
             except OSError:
                 self.system._forget_fd(fd)
-                os.close(queue.event)
                 self.context.close_fault_queue(number, destroy=True)
                 raise
             self.queues[number] = queue

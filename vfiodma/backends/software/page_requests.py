@@ -48,15 +48,20 @@ class FaultQueueFile:
     _FAULT, _RESPONSE = abi.iommu_hwpt_pgfault.size, abi.iommu_hwpt_page_response.size
 
     def __init__(self, iommufd, number):
+        self._open = False
         self.event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._open = True
         self.iommufd = iommufd
         self.number = number
-        self._open = True
         self._waiting = []              # groups that nobody has read
         self._read = {}                 # cookie -> group
         self._delivered = False
         self._lowest_cookie = 1
         self._changed = threading.Condition()
+
+    def __del__(self):
+        if self._open:
+            os.close(self.event)
 
     # ---- the devices' side
 
