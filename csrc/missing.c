@@ -127,13 +127,18 @@ int missing_place(int uffd, uint64_t vaddr, const void *content, uint64_t size, 
     return 0;
 }
 
+int missing_wake(int uffd, uint64_t vaddr, uint64_t size)
+{
+    struct range range = {vaddr, size};
+    return ioctl(uffd, UFFDIO_WAKE, &range) ? -errno : 0;
+}
+
 int missing_fill(int uffd, uint64_t vaddr, uint64_t size)
 {
     uint64_t placed;
-    struct range range = {vaddr, size};
     int err = missing_place(uffd, vaddr, NULL, size, &placed);
     /* Who waits may have been told of before the page came: nobody else wakes it then. */
-    return err == -EEXIST ? ioctl(uffd, UFFDIO_WAKE, &range) ? -errno : 0 : err;
+    return err == -EEXIST ? missing_wake(uffd, vaddr, size) : err;
 }
 
 static bool is_set(const uint64_t *words, uint64_t page)

@@ -17,6 +17,7 @@ int missing_next(int uffd, uint64_t *addresses, size_t max, int timeout);
 /* Place bytes, or zeros where `content` is NULL, and wake who waits.  *placed = bytes.  -EEXIST: a page is there already. */
 int missing_place(int uffd, uint64_t vaddr, const void *content, uint64_t size, uint64_t *placed);
 
+int missing_wake(int uffd, uint64_t vaddr, uint64_t size);
 /* Zeros for a page, unless it is there already, and wake who waits for it. */
 int missing_fill(int uffd, uint64_t vaddr, uint64_t size);
 /* Throw the pages away whose bits are set: who touches one waits, if the memory is registered.  shared: memfd, else anonymous.

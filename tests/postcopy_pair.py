@@ -31,18 +31,18 @@ def skip_unless_permitted():
         pytest.skip(str(exc))
 
 
-def make_memory(*_):
-    """Return memory of a memfd and an anonymous region."""
+def make_memory(anonymous=True):
+    """Return memory of a memfd and an anonymous region; a child process has only memfds."""
     memory = GuestMemory()
     for number, (gpa, pages) in enumerate(zip(GPAS, PAGES, strict=True)):
-        make = GuestMemory.anonymous if number else GuestMemory.memfd
+        make = GuestMemory.anonymous if number and anonymous else GuestMemory.memfd
         memory.add(make(pages * PAGE).region, gpa)
     return memory
 
 
-def filled(seed=1, share=0.7):
+def filled(seed=1, share=0.7, anonymous=True):
     """Return memory with random pages, and zeros between them."""
-    chance, memory = random.Random(seed), make_memory()
+    chance, memory = random.Random(seed), make_memory(anonymous)
     for gpa, pages in zip(GPAS, PAGES, strict=True):
         for page in range(pages):
             if chance.random() < share:

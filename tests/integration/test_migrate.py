@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from postcopy_pair import skip_unless_permitted
 
 VFIODMA = [sys.executable, "-m", "vfiodma", "migrate"]
 pytest.importorskip("typer")
@@ -118,3 +119,21 @@ def test_somebody_elses_folder_is_not_trusted(runtime):
     (runtime / "vfiodma").chmod(0o777)
     done = run("status")
     assert done.returncode == 1 and "XDG_RUNTIME_DIR" in done.stderr
+
+
+def test_a_guest_that_writes_too_fast_goes_on_there_before_its_memory_has_come(runtime):
+    skip_unless_permitted()
+    url = f"unix:{runtime}/guest"
+    with started("serve", url, "--json", "--run-for", "0.2", "--postcopy") as there:
+        assert json.loads(there.stdout.readline())["event"] == "listening"
+        sent = run("send", url, *SMALL, "--json", "--postcopy-after", "1", "--downtime", "1", "--bandwidth", "50M")
+        assert sent.returncode == 0, sent.stderr
+        out, err = there.communicate(timeout=30)
+        assert there.returncode == 0, err
+    late = objects(sent.stdout)[-1]["postcopy"]
+    told = [event for event in objects(out) if event["event"] == "postcopydone"]
+    assert told and told[0]["pages"] + told[0]["zero_pages"] == late["pages"] + late["zero_pages"] > 0
+    with started("serve", url, "--json") as there:
+        assert json.loads(there.stdout.readline())["event"] == "listening"
+        refused = run("send", url, *SMALL, "--json", "--postcopy")
+        assert refused.returncode == 1 and "postcopy" in refused.stderr

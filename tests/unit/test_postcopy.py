@@ -360,6 +360,6 @@ def test_shared_memory_and_post_copy_exclude_each_other():
         assert refused.value.errno == errno.EINVAL
     with pytest.raises(VfioError):
         Postcopy(-1)
-    assert PageReceiver(SocketTransport(theirs), make_memory).finish() is None and Machine()
+    assert PageReceiver(SocketTransport(theirs), lambda _: make_memory()).finish() is None and Machine()
     ours.close()
     theirs.close()

@@ -23,6 +23,7 @@ cdef extern from "missing.h" nogil:
     int missing_unregister(int uffd, uint64_t vaddr, uint64_t size)
     int missing_next(int uffd, uint64_t *addresses, size_t max, int timeout)
     int missing_place(int uffd, uint64_t vaddr, const void *content, uint64_t size, uint64_t *placed)
+    int missing_wake(int uffd, uint64_t vaddr, uint64_t size)
     int missing_fill(int uffd, uint64_t vaddr, uint64_t size)
     int missing_discard(uint64_t vaddr, uint64_t pgsize, const uint64_t *words, uint64_t npages, int shared)
     int missing_keep_from_children(uint64_t vaddr, uint64_t size, int keep)
@@ -240,13 +241,16 @@ cdef class MissingPages:
     Parameters
     ----------
     vaddr, size : int
-        Bytes; anonymous memory, or memfd that no other mapping touches.
+        Bytes; anonymous memory, or memfd that no other mapping but the aliases touches.
     missing : buffer
         u64 words, bit 0 = the page at ``vaddr``: what these pages hold is thrown away.
     pgsize : int
         Bytes of a page; a multiple of the kernel's.
     shared : bool
         memfd; else anonymous.
+    aliases : iterable of (int, int, int)
+        Other mappings of the same memory in this process: address, first page, number of pages.  Who touches a missing
+        page there waits as well.
 
     Attributes
     ----------
@@ -272,10 +276,12 @@ cdef class MissingPages:
     """
     cdef int uffd, users, closing
     cdef uint64_t *words
+    cdef uint64_t *aliases          # address, first page, number of pages of each
+    cdef size_t naliases
     cdef readonly uint64_t vaddr, size, pgsize, npages, left
     cdef object lock, placing
 
-    def __cinit__(self, vaddr, size, missing, pgsize=4096, shared=True):
+    def __cinit__(self, vaddr, size, missing, pgsize=4096, shared=True, aliases=()):
         cdef Py_buffer view
         cdef uint64_t i
         cdef int err
@@ -298,15 +304,59 @@ cdef class MissingPages:
         self.uffd = missing_open()
         if self.uffd < 0:
             self.refuse(self.uffd)
+        self.keep_aliases(list(aliases))
         err = missing_register(self.uffd, self.vaddr, self.size)
+        for i in range(self.naliases):
+            if not err:
+                err = missing_register(self.uffd, self.aliases[3 * i], self.aliases[3 * i + 2] * self.pgsize)
         if err:
+            self.forget()
             self.refuse(-EOPNOTSUPP if err == -EINVAL else err)
         with nogil:
             err = missing_discard(self.vaddr, self.pgsize, self.words, self.npages, is_shared)
         if err:
-            missing_unregister(self.uffd, self.vaddr, self.size)
+            self.forget()
             raise_errno(-err, "missing", None, self.size, "pages can't be thrown away: they are locked, pinned, or parts of a "
                         "huge page" if err in (-EBUSY, -EINVAL) else "")
+
+    cdef int keep_aliases(self, list aliases) except -1:
+        cdef size_t i
+        self.aliases = <uint64_t *> calloc(len(aliases) + 1, 24)
+        if not self.aliases:
+            raise_errno(ENOMEM, "missing")
+        for i, (vaddr, first, npages) in enumerate(aliases):
+            self.aliases[3 * i], self.aliases[3 * i + 1] = u64("missing", vaddr), u64("missing", first)
+            self.aliases[3 * i + 2] = u64("missing", npages)
+            if self.aliases[3 * i + 1] >= self.npages or self.aliases[3 * i + 2] > self.npages - self.aliases[3 * i + 1]:
+                raise_errno(EINVAL, "missing", None, None, "an alias of pages that are not there")
+        self.naliases = len(aliases)
+        return 0
+
+    cdef void forget(self) noexcept:
+        """Let all mappings go."""
+        cdef size_t i
+        missing_unregister(self.uffd, self.vaddr, self.size)
+        for i in range(self.naliases):
+            missing_unregister(self.uffd, self.aliases[3 * i], self.aliases[3 * i + 2] * self.pgsize)
+
+    cdef void wake_aliases(self, int fd, uint64_t first, uint64_t npages) noexcept nogil:
+        cdef uint64_t low, end
+        cdef uint64_t *alias
+        cdef size_t i
+        for i in range(self.naliases):
+            alias = self.aliases + 3 * i
+            low, end = max(first, alias[1]), min(first + npages, alias[1] + alias[2])
+            if low < end:
+                missing_wake(fd, alias[0] + (low - alias[1]) * self.pgsize, (end - low) * self.pgsize)
+
+    cdef uint64_t page_at(self, uint64_t address):
+        cdef size_t i
+        if self.vaddr <= address < self.vaddr + self.size:
+            return (address - self.vaddr) // self.pgsize
+        for i in range(self.naliases):
+            if self.aliases[3 * i] <= address < self.aliases[3 * i] + self.aliases[3 * i + 2] * self.pgsize:
+                return (address - self.aliases[3 * i]) // self.pgsize + self.aliases[3 * i + 1]
+        return 0
 
     cdef int refuse(self, int err) except -1:
         hint = "this memory is watched by somebody else"
@@ -350,7 +400,7 @@ cdef class MissingPages:
             self.leave()
         if n < 0:
             raise_errno(-n, "missing")
-        return sorted({(addresses[i] - self.vaddr) // self.pgsize for i in range(n)})
+        return sorted({self.page_at(addresses[i]) for i in range(n)})
 
     def is_missing(self, page):
         """Whether a page was not placed yet."""
@@ -386,6 +436,7 @@ cdef class MissingPages:
                     return False
                 with nogil:
                     err = missing_fill(fd, self.vaddr + number * self.pgsize, self.pgsize)
+                    self.wake_aliases(fd, number, 1)
         finally:
             self.leave()
         if err:
@@ -447,6 +498,7 @@ cdef class MissingPages:
                         size = run[2 * i + 1] * self.pgsize
                         err = missing_place(fd, self.vaddr + run[2 * i] * self.pgsize, at, size, &placed)
                         done += placed // self.pgsize
+                        self.wake_aliases(fd, run[2 * i], placed // self.pgsize)
                         if err:
                             break
                         if at != NULL:
@@ -480,9 +532,9 @@ cdef class MissingPages:
             fd = self.uffd
             if fd >= 0 and self.left and not abandon:
                 raise_errno(EBUSY, "missing", None, None, f"{self.left} pages are not there yet")
-            self.uffd = -1
             if fd >= 0:
-                missing_unregister(fd, self.vaddr, self.size)
+                self.forget()
+                self.uffd = -1
                 if self.users:
                     self.closing = fd
                 else:
@@ -492,3 +544,4 @@ cdef class MissingPages:
         if self.uffd >= 0:
             os.close(self.uffd)
         free(self.words)
+        free(self.aliases)

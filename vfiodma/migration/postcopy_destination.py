@@ -74,7 +74,29 @@ def refuse_kernel_devices(ioas: Any, memory: GuestMemory) -> None:
 
 
 def _missing(block: Block, bitmap: DirtyBitmap, pgsize: int) -> MissingPages:
-    return MissingPages(block.region.vaddr, block.region.size, bitmap, pgsize, block.region.kind == "memfd")
+    region = block.region
+    return MissingPages(region.vaddr, region.size, bitmap, pgsize, region.kind == "memfd", _aliases(block, pgsize))
+
+
+def _aliases(block: Block, pgsize: int) -> list[tuple[int, int, int]]:
+    """Return where else this process has the memory: software devices have mappings of their IOMMU's."""
+    region = block.region
+    if region.fd is None:
+        return []
+    info, found = os.fstat(region.fd), []
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            place, _, offset, device, inode = line.split(maxsplit=5)[:5]
+            major, minor = (int(number, 16) for number in device.split(":"))
+            if int(inode) != info.st_ino or os.makedev(major, minor) != info.st_dev:
+                continue
+            start, end = (int(address, 16) for address in place.split("-"))
+            first = int(offset, 16) - region.offset      # where the mapping begins in the region
+            low, high = max(first, 0), min(first + end - start, region.size)
+            address = start + low - first
+            if low < high and not region.vaddr <= address <= region.last:
+                found.append((address, low // pgsize, (high - low) // pgsize))
+    return found
 
 
 class MissingMemory:
@@ -201,8 +223,8 @@ class MissingMemory:
     def undo(self) -> None:
         """The source keeps the guest: pages may be written again, and those that were missing are zeros."""
         self._end_helper()
-        for pages in self._pages:
-            pages.close(abandon=True)
+        while self._pages:
+            self._pages.pop().close(abandon=True)
 
     def close(self, abandon: bool = False) -> None:
         """Let the memory go; idempotent.
@@ -212,7 +234,7 @@ class MissingMemory:
         BusyError
             EBUSY: pages are missing, and the guest may touch them.  With ``abandon`` it finds zeros there.
         """
-        if self._done is None and not abandon:
+        if self._pages and self._done is None and not abandon:
             raise error(errno.EBUSY, "postcopy", hint=f"{self.left} pages of the guest are not there yet: finish()")
         self.undo()
 

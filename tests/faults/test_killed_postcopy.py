@@ -1,0 +1,111 @@
+"""Post-copy between processes: devices reach memory that is still to come, and the source is killed in the middle."""
+import contextlib
+import os
+import random
+import signal
+import time
+
+import pytest
+from migration_doubles import LogTracker, Machine
+from postcopy_pair import GPAS, PAGE, PAGES, filled, make_memory, skip_unless_permitted
+
+from vfiodma import IoAddressSpace, SoftwareGroup, open_backend
+from vfiodma.devices.dma_writer import DmaWriter
+from vfiodma.errors import PostcopyError
+from vfiodma.migration import Migration, PageReceiver
+from vfiodma.migration.events import PostcopyBegun, PostcopyProgress
+from vfiodma.migration.postcopy_source import Postcopy
+from vfiodma.migration.stream import Phase
+from vfiodma.migration.transport import listen
+
+
+@contextlib.contextmanager
+def sending(path, memory, **options):
+    """Move memory away, in a process of its own; yield its number and a listener for it."""
+    with listen(f"unix:{path}/guest", timeout=10.0) as listener:
+        if not (pid := os.fork()):
+            status = 1
+            try:
+                Migration(f"unix:{path}/guest", memory, Machine(), tracker=LogTracker,
+                          postcopy=Postcopy(0), **options).run()
+                status = 0
+            finally:
+                os._exit(status)
+        try:
+            yield pid, listener
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+@pytest.fixture
+def source():
+    skip_unless_permitted()
+    with filled(anonymous=False) as memory:
+        yield memory
+
+
+@pytest.fixture
+def memory():
+    with make_memory() as memory:
+        yield memory
+
+
+def test_devices_and_threads_that_hold_the_gil_wait_for_pages(tmp_path, source, memory):
+    """Through the mapping that the software IOMMU made for itself before pages were missing."""
+    device, chance = DmaWriter("0000:00:10.0"), random.Random(3)
+    backend = open_backend("software", groups=[SoftwareGroup(1, [device])], memlock_limit=None)
+    with contextlib.closing(backend), IoAddressSpace(backend) as ioas, sending(tmp_path, source) as (_, listener):
+        for gpa, region in memory:
+            ioas.map(region, gpa)
+        with PageReceiver(listener.accept(10), lambda _: memory, accept=listener.accept, postcopy=True,
+                          fresh=True) as receiver:
+            assert receiver.serve() is Phase.OWNER
+            wanted = [gpa + page * PAGE for gpa, pages in zip(GPAS, PAGES, strict=True) for page in range(pages)]
+            for gpa in chance.sample(wanted, 200):
+                assert device._port.read(gpa, 64) == source.read(gpa, 64)
+            for gpa, region in memory:
+                assert memory.read(gpa, region.size) == source.read(gpa, region.size)
+            assert receiver.finish(20).pages > 0
+
+
+@pytest.mark.parametrize("after", [0, 1, 40, 300])
+def test_a_source_that_is_killed_is_a_loud_end_that_names_the_missing_pages(tmp_path, source, memory, after):
+    killed = []
+    with sending(tmp_path, source, bandwidth_limit=3e6) as (pid, listener):
+        def on_postcopy(event):
+            if isinstance(event, PostcopyProgress) and not killed:
+                killed.append(event.left)
+
+        with PageReceiver(listener.accept(10), lambda _: memory, accept=listener.accept, postcopy=True, fresh=True,
+                          on_postcopy=on_postcopy) as receiver:
+            assert receiver.serve(0.3) is Phase.OWNER
+            for page in random.Random(after).sample(range(PAGES[0]), after):
+                assert memory.read(page * PAGE, PAGE) == source.read(page * PAGE, PAGE)
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(PostcopyError, match=r"pages that were to come are missing") as caught:
+                receiver.finish(20)
+            assert 0 < caught.value.missing <= sum(PAGES) - after and receiver.missing == caught.value.missing
+            receiver.close(abandon=True)
+
+
+def test_a_destination_that_is_killed_leaves_a_source_that_says_so_and_never_runs(tmp_path, source):
+    machine = Machine()
+    with listen(f"unix:{tmp_path}/guest", timeout=10.0) as listener:
+        if not (pid := os.fork()):
+            with make_memory(False) as memory, PageReceiver(listener.accept(10), lambda _: memory,
+                                                            postcopy=True, fresh=True) as receiver:
+                receiver.serve()
+                while receiver.missing == sum(PAGES):       # until the source knows
+                    time.sleep(0.01)
+                os.kill(receiver._missing._pid, signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
+        migration = Migration(f"unix:{tmp_path}/guest", source, machine, tracker=LogTracker, postcopy=Postcopy(0),
+                              bandwidth_limit=1e6, reconnect_timeout=0.2,
+                              on_event=lambda event: listener.close() if isinstance(event, PostcopyBegun) else None)
+        with pytest.raises(PostcopyError, match="the guest is the destination's") as caught:
+            migration.run()
+        os.waitpid(pid, 0)
+    assert caught.value.missing > 0 and "resume" not in machine.calls and not migration.source.handover.may_run
+    migration.source.close()
