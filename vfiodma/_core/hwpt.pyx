@@ -9,7 +9,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from .hwpt_nested cimport nested_enter, nested_forget, nested_free, nested_new, nested_walk
-from .ioas cimport READABLE, WRITEABLE, area_drop, area_hold, check_alignment, reserve, unreserve, update_alignment
+from .ioas cimport area_drop, area_hold, check_alignment, permitted, reserve, unreserve, update_alignment
 from .ioas_dirty cimport dirty_forget, dirty_mark
 from .ioas_objects cimport object_add, object_remove
 from .ioas_pages cimport pages_access
@@ -454,13 +454,6 @@ cdef int hwpt_alloc(context_t *c, const hwpt_arguments *args, uint32_t *id) noex
 
 # ---- DMA
 
-cdef bint permitted(const context_t *c, const area_t *area, bint write) noexcept nogil:
-    # Up to 6.12 the VT-d driver sets the read bit in every entry, so WRITE-only memory can be read as well.
-    if write or c.version >= V7_2:
-        return area.prot & (WRITEABLE if write else READABLE)
-    return True
-
-
 cdef int table_dma(context_t *c, const hwpt_t *hwpt, uint64_t iova, void *data, uint64_t size, bint write,
                    uint64_t *done) noexcept nogil:
     """A device's access through a table of the hardware (NULL: none); the caller has `iotlb`.
@@ -477,7 +470,7 @@ cdef int table_dma(context_t *c, const hwpt_t *hwpt, uint64_t iova, void *data, 
         if not area or not area.held:
             err = -ENOENT
             break
-        if not permitted(c, area, write):
+        if not permitted(area, write):
             err = -EPERM
             break
         part = min(size - 1, area.last - iova) + 1

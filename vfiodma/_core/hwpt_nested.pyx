@@ -9,7 +9,7 @@ from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from .ioas cimport WRITEABLE
+from .ioas cimport permitted
 from .ioas_dirty cimport dirty_mark
 from .ioas_objects cimport object_add, object_remove
 from .ioas_pages cimport pages_access, pages_swap
@@ -218,6 +218,8 @@ cdef int load_entry(void *context, uint64_t gpa, uint64_t *entry) noexcept nogil
     cdef area_t *area = area_at((<second_stage *> context).parent.ioas, gpa)
     if not area or not area.held:
         return -EINVAL
+    if not permitted(area, False):
+        return -EPERM
     return pages_access(area.pages, area.offset + (gpa - area.iova), entry, 8, False)
 
 
@@ -227,7 +229,7 @@ cdef int update_entry(void *context, uint64_t gpa, uint64_t seen, uint64_t entry
     cdef int err
     if not area or not area.held:
         return -EINVAL
-    if not area.prot & WRITEABLE:
+    if not permitted(area, True):
         return -EPERM
     err = pages_swap(area.pages, area.offset + (gpa - area.iova), seen, entry)
     if not err:

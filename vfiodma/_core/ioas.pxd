@@ -1,11 +1,19 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from .ioas_state cimport area_t, context_t, ioas_t, pages_t
+from .state cimport V7_2
 
 cdef enum:                                  # flags of IOAS_MAP, MAP_FILE and COPY
     FIXED_IOVA = 1
     WRITEABLE = 2
     READABLE = 4
+
+# What page tables let devices do.  Up to 6.12 the VT-d driver sets the read bit in every entry, so WRITE-only memory can
+# be read as well.
+cdef inline bint permitted(const area_t *area, bint write) noexcept nogil:
+    if write or area.pages.context.version >= V7_2:
+        return (area.prot & (WRITEABLE if write else READABLE)) != 0
+    return True
 
 cdef struct element_t:                      # a part of a pages object that becomes an area
     pages_t *pages
