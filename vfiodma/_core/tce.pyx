@@ -114,7 +114,7 @@ cdef class TceTables:
     cdef window_t windows[SLOTS]
     cdef pthread_rwlock_t lock
     cdef set regions                    # TCEs lead to these, also when the container that registered them is closed
-    cdef public bint stale              # one of them may have been released
+    cdef bint stale                     # one of them was released while a TCE led to it
 
     def __cinit__(self):
         self.regions = set()
@@ -149,11 +149,18 @@ cdef class TceTables:
             pthread_rwlock_unlock(&self.lock)
         self.forget()
 
-    def forget(self):
-        """Let go of regions that nobody has registered any more and to which no TCE leads."""
+    def release(self, Region region not None):
+        """Nobody has a region registered any more: let it go, now or with the last TCE."""
+        if region.c.mapped:
+            self.stale = True
+        else:
+            self.regions.discard(region)
+
+    cdef int forget(self) except -1:
+        """Let go of released regions to which no TCE leads any more."""
         cdef Region region
         if not self.stale:
-            return
+            return 0
         self.stale = False
         for region in list(self.regions):
             if region.released:
@@ -161,6 +168,7 @@ cdef class TceTables:
                     self.stale = True
                 else:
                     self.regions.discard(region)
+        return 0
 
     def clear(self):
         """Clear every entry of every window."""

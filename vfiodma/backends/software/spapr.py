@@ -274,8 +274,7 @@ class SpaprDriver:
         region.released = True
         for driver in {self, *(getattr(group.container, "driver", None) for group in self.vfio._groups.values())}:
             if isinstance(driver, SpaprDriver):
-                driver.tables.stale = True
-                driver.tables.forget()
+                driver.tables.release(region)
 
     # ---- windows
 
