@@ -3,12 +3,13 @@
 The names are those that fit both interfaces that Linux has had: NESTING_OP of a VFIO container (the series of virtual
 SVA, which was never merged; ``SoftwareVfio("vsva")`` has it) and the nested page tables of iommufd.
 """
+import contextlib
 import ctypes
 import errno
 import itertools
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -150,6 +151,15 @@ class GuestTables(Protocol):
         """Drop cached translations."""
 
 
+@contextlib.contextmanager
+def _numbers(operation: str) -> Iterator[None]:
+    """EINVAL where a number does not fit into a struct's field."""
+    try:
+        yield
+    except struct.error:
+        raise error(errno.EINVAL, operation, hint="a number is negative, or too large for its field") from None
+
+
 def _pieces(address: int, npages: int) -> Iterable[tuple[int, int]]:
     """Cut a range into aligned powers of two of pages: (address, pages)."""
     page = address >> 12
@@ -205,11 +215,12 @@ class NestedDomain:
     def _bind_data(self, pasid: int, table: GuestPageTable, guest_pasid: int | None) -> bytes:
         flags = ((abi.IOMMU_SVA_VTD_GPASID_SRE if table.supervisor else 0)
                  | (abi.IOMMU_SVA_VTD_GPASID_EAFE if table.extended_accessed else 0))
-        data = abi.iommu_gpasid_bind_data.pack(
-            argsz=abi.iommu_gpasid_bind_data.size, version=abi.IOMMU_GPASID_BIND_VERSION_1,
-            format=abi.IOMMU_PASID_FORMAT_INTEL_VTD, addr_width=table.address_width,
-            flags=0 if guest_pasid is None else abi.IOMMU_SVA_GPASID_VAL, gpgd=table.root, hpasid=pasid,
-            gpasid=guest_pasid or 0)
+        with _numbers("bind"):
+            data = abi.iommu_gpasid_bind_data.pack(
+                argsz=abi.iommu_gpasid_bind_data.size, version=abi.IOMMU_GPASID_BIND_VERSION_1,
+                format=abi.IOMMU_PASID_FORMAT_INTEL_VTD, addr_width=table.address_width,
+                flags=0 if guest_pasid is None else abi.IOMMU_SVA_GPASID_VAL, gpgd=table.root, hpasid=pasid,
+                gpasid=guest_pasid or 0)
         return data[:56] + abi.iommu_gpasid_bind_data_vtd.pack(flags=flags)
 
     def bind(self, pasid: int, table: GuestPageTable, guest_pasid: int | None = None) -> None:
@@ -238,22 +249,33 @@ class NestedDomain:
         self._operate(vfio.VFIO_IOMMU_NESTING_OP_UNBIND_PGTBL, self._bind_data(pasid, GuestPageTable(0), None))
 
     def invalidate(self, entries: Sequence[Invalidation]) -> None:
-        """Drop cached translations.  The kernel reports no mistake in them."""
-        for entry in entries:
-            if entry.address is None:
-                body = abi.iommu_inv_pasid_info.pack(flags=abi.IOMMU_INV_PASID_FLAGS_PASID, pasid=entry.pasid or 0)
-                self._invalidate(abi.IOMMU_INV_GRANU_PASID, body)
-                continue
-            flags = abi.IOMMU_INV_ADDR_FLAGS_PASID | (abi.IOMMU_INV_ADDR_FLAGS_LEAF if entry.leaf else 0)
-            for address, npages in _pieces(entry.address, entry.npages):
-                self._invalidate(abi.IOMMU_INV_GRANU_ADDR, abi.iommu_inv_addr_info.pack(
-                    flags=flags, pasid=entry.pasid or 0, addr=address, granule_size=4096, nb_granules=npages))
+        """Drop cached translations; EINVAL, and nothing is dropped, where a number does not fit.
 
-    def _invalidate(self, granularity: int, body: bytes) -> None:
-        head = abi.iommu_cache_invalidate_info.pack(
-            argsz=abi.iommu_cache_invalidate_info.size, version=abi.IOMMU_CACHE_INVALIDATE_INFO_VERSION_1,
-            cache=abi.IOMMU_CACHE_INV_TYPE_IOTLB, granularity=granularity)
-        self._operate(vfio.VFIO_IOMMU_NESTING_OP_CACHE_INVLD, head[:16] + body.ljust(40, b"\0"))
+        The kernel reports no other mistake.
+        """
+        with _numbers("invalidate"):
+            operations = [data for entry in entries for data in self._invalidations(entry)]
+        for data in operations:
+            self._operate(vfio.VFIO_IOMMU_NESTING_OP_CACHE_INVLD, data)
+
+    @staticmethod
+    def _invalidations(entry: Invalidation) -> Iterator[bytes]:
+        def data(granularity: int, body: bytes) -> bytes:
+            head = abi.iommu_cache_invalidate_info.pack(
+                argsz=abi.iommu_cache_invalidate_info.size, version=abi.IOMMU_CACHE_INVALIDATE_INFO_VERSION_1,
+                cache=abi.IOMMU_CACHE_INV_TYPE_IOTLB, granularity=granularity)
+            return head[:16] + body.ljust(40, b"\0")
+
+        if entry.address is None:
+            yield data(abi.IOMMU_INV_GRANU_PASID,
+                       abi.iommu_inv_pasid_info.pack(flags=abi.IOMMU_INV_PASID_FLAGS_PASID, pasid=entry.pasid or 0))
+            return
+        flags = abi.IOMMU_INV_ADDR_FLAGS_PASID | (abi.IOMMU_INV_ADDR_FLAGS_LEAF if entry.leaf else 0)
+        if entry.npages < 0:
+            raise struct.error
+        for address, npages in _pieces(entry.address, entry.npages):
+            yield data(abi.IOMMU_INV_GRANU_ADDR, abi.iommu_inv_addr_info.pack(
+                flags=flags, pasid=entry.pasid or 0, addr=address, granule_size=4096, nb_granules=npages))
 
 
 class FaultQueue:
@@ -292,10 +314,12 @@ class FaultQueue:
         InvalidArgumentError
             EINVAL: the group does not wait: it was answered, its time is over, or its last request has not come.
         """
-        self._system.write(self._fd, abi.iommu_page_response.pack(
-            argsz=abi.iommu_page_response.size, version=abi.IOMMU_PAGE_RESP_VERSION_1,
-            flags=0 if request.pasid is None else abi.IOMMU_PAGE_RESP_PASID_VALID, pasid=request.pasid or 0,
-            grpid=request.group, code=int(code)))
+        with _numbers("respond"):
+            data = abi.iommu_page_response.pack(
+                argsz=abi.iommu_page_response.size, version=abi.IOMMU_PAGE_RESP_VERSION_1,
+                flags=0 if request.pasid is None else abi.IOMMU_PAGE_RESP_PASID_VALID, pasid=request.pasid or 0,
+                grpid=request.group, code=int(code))
+        self._system.write(self._fd, data)
 
     def close(self) -> None:
         """Close the queue; groups that wait are answered INVALID.  Idempotent."""

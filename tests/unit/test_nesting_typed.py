@@ -116,3 +116,34 @@ def test_faults_and_page_requests_are_objects(rig):
             queue.respond(asked[0])
     queue.close()
     assert queue.fileno() == -1
+
+
+@pytest.mark.parametrize("wrong", [{"pasid": -1}, {"pasid": 1 << 64}, {"address": -PAGE}, {"address": 1 << 64},
+                                   {"npages": -1}, {"npages": 1 << 52}])
+def test_an_invalidation_that_cannot_be_told_drops_nothing(rig, wrong):
+    domain = NestedDomain(rig.vfio, rig.fd)
+    domain.bind(1, TABLE)
+    assert rig.port.read(16 * PAGE, 4, pasid=1) == b"p016"
+    rig.entry(4, 16, 17 * PAGE | RWU)
+    with pytest.raises(InvalidArgumentError):
+        domain.invalidate([Invalidation(1, 16 * PAGE), Invalidation(**{"pasid": 1, "address": PAGE, **wrong})])
+    assert rig.port.read(16 * PAGE, 4, pasid=1) == b"p016"
+    domain.invalidate([Invalidation(1, 16 * PAGE)])
+    assert rig.port.read(16 * PAGE, 4, pasid=1) == b"p017"
+
+
+def test_numbers_that_fit_nowhere_are_refused(rig):
+    domain = NestedDomain(rig.vfio, rig.fd)
+    for pasid, root in (-1, PAGE), (1 << 64, PAGE), (1, -1), (1, 1 << 64):
+        with pytest.raises(InvalidArgumentError):
+            domain.bind(pasid, GuestPageTable(root))
+    with pytest.raises(InvalidArgumentError):
+        domain.unbind(-1)
+    with FaultQueue(rig.vfio, rig.vfio.open_fault_queue(rig.device)) as queue:
+        for group in -1, 1 << 32:
+            with pytest.raises(InvalidArgumentError):
+                queue.respond(PageRequest(group, 1, PAGE, 1, True))
+        for pasid, address, perm in (1 << 32, 0, 1), (1, 1 << 64, 1), (1, 0, -1):
+            with pytest.raises(InvalidArgumentError):
+                rig.port.fault_sink.request_pages(pasid, [address], perm)
+        assert queue.read() == []
