@@ -108,7 +108,7 @@ def test_one_mapping_comes_and_goes(benchmark, size, count):
     benchmark.extra_info.update(
         kernel=os.uname().release, ratio_c=to_c, limit_c=LIMIT_C, ratio_ctypes=to_ctypes,
         limit_ctypes=LIMIT_CTYPES if size == PAGE else "none: with more pages the kernel's share grows",
-        ratio_ctypes_again=to_ctypes_again,     # no limit: the pair in C is 0.6 of it
+        ratio_ctypes_again=to_ctypes_again,     # no limit: the pair in C is 0.64 of it
         **{f"{name}_ns": round(statistics.median(values)) for name, values in times.items()})
     assert to_c <= LIMIT_C, f"{to_c} of the pair in C; the limit is {LIMIT_C}"
     assert to_ctypes <= LIMIT_CTYPES or size > PAGE, f"{to_ctypes} of the pair from ctypes; the limit is {LIMIT_CTYPES}"
