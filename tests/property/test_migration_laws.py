@@ -8,6 +8,7 @@ from migration_doubles import PGSIZE, Hooked, LogTracker, Machine, Peer, content
 
 from vfiodma.migration import PrecopySource
 from vfiodma.migration.layout import MemoryLayout
+from vfiodma.migration.ledger import Ledger
 
 PAGES = (16, 8)     # of each region: neither is a multiple of 64, so that blocks begin inside no word
 PAGE = st.integers(0, sum(PAGES) - 1)
@@ -65,3 +66,19 @@ def test_the_image_equals_the_source_for_any_interleaving_of_writes_and_rounds(f
             assert content_of(memory) == content_of(target)
             assert len(result.rounds) == rounds + 1 and result.rounds[-1].final and not result.converged
             assert not source.ledger.pending.any() and not source.ledger.in_flight.any()
+
+
+@given(st.sets(st.integers(0, 199)), st.sets(st.integers(0, 199)), st.booleans())
+def test_an_epoch_in_flight_and_what_is_dirtied_meanwhile_do_not_mix(sent, dirtied, acknowledged):
+    ledger = Ledger(200, 4096)
+    for page in sent:
+        ledger.pending.set(page, 1)
+    assert ledger.take().count() == len(sent) and not ledger.pending.any()
+    for page in dirtied:
+        ledger.pending.set(page, 1)
+    if acknowledged:
+        ledger.retire()
+    else:
+        ledger.put_back()
+    assert not ledger.in_flight.any()
+    assert {page for page in range(200) if ledger.pending.test(page)} == dirtied | (set() if acknowledged else sent)
