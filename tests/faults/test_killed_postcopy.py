@@ -8,6 +8,7 @@ import time
 import pytest
 from migration_doubles import LogTracker, Machine
 from postcopy_pair import GPAS, PAGE, PAGES, filled, make_memory, skip_unless_permitted
+from transport_ends import have_openssl, make_certificates
 
 from vfiodma import IoAddressSpace, SoftwareGroup, open_backend
 from vfiodma.devices.dma_writer import DmaWriter
@@ -16,7 +17,7 @@ from vfiodma.migration import Migration, PageReceiver
 from vfiodma.migration.events import PostcopyBegun, PostcopyProgress
 from vfiodma.migration.postcopy_source import Postcopy
 from vfiodma.migration.stream import Phase
-from vfiodma.migration.transport import listen
+from vfiodma.migration.transport import PipeTransport, connect, listen
 
 
 @contextlib.contextmanager
@@ -68,6 +69,36 @@ def test_devices_and_threads_that_hold_the_gil_wait_for_pages(tmp_path, source, 
             for gpa, region in memory:
                 assert memory.read(gpa, region.size) == source.read(gpa, region.size)
             assert receiver.finish(20).pages > 0
+
+
+@pytest.mark.parametrize("kind", ["tls", "pipe"])
+def test_the_helper_goes_on_with_connections_of_other_kinds(tmp_path, source, kind):
+    if kind == "tls" and not have_openssl():
+        pytest.skip("openssl makes the certificates")
+    files = make_certificates(tmp_path) if kind == "tls" else {}
+    there, back = os.pipe(), os.pipe()
+    with listen("tls://localhost:0", timeout=10.0, tls=files["destination"]) if files else \
+            contextlib.nullcontext() as listener:
+        if not (pid := os.fork()):
+            try:
+                os.close(there[0])
+                os.close(back[1])
+                Migration(lambda: connect(listener.url, timeout=10.0, tls=files["source"]) if listener else
+                          PipeTransport(back[0], there[1], 10.0), source, Machine(), tracker=LogTracker,
+                          postcopy=Postcopy(0)).run()
+            finally:
+                os._exit(0)
+        os.close(there[1])
+        os.close(back[0])
+        transport = listener.accept(10) if listener else PipeTransport(there[0], back[1], 10.0)
+        with make_memory() as memory, PageReceiver(transport, lambda _: memory, postcopy=True) as receiver:
+            assert receiver.serve() is Phase.OWNER
+            assert all(memory.read(gpa, region.size) == source.read(gpa, region.size) for gpa, region in memory)
+            assert receiver.finish(20).faults > 0
+        os.waitpid(pid, 0)
+        if listener:
+            os.close(there[0])
+            os.close(back[1])
 
 
 @pytest.mark.parametrize("after", [0, 1, 40, 300])
