@@ -3,7 +3,6 @@
 The names are those that fit both interfaces that Linux has had: NESTING_OP of a VFIO container (the series of virtual
 SVA, which was never merged; ``SoftwareVfio("vsva")`` has it) and the nested page tables of iommufd.
 """
-import contextlib
 import ctypes
 import errno
 import itertools
@@ -18,6 +17,7 @@ from ._core.errno import error
 from .protocols import VfioSystem
 from .uapi import iommu as abi
 from .uapi import iommufd, vfio
+from .uapi.layout import fits
 
 if TYPE_CHECKING:
     from .backends.iommufd import FaultQueue as IommufdFaultQueue
@@ -151,15 +151,6 @@ class GuestTables(Protocol):
         """Drop cached translations."""
 
 
-@contextlib.contextmanager
-def _numbers(operation: str) -> Iterator[None]:
-    """EINVAL where a number does not fit into a struct's field."""
-    try:
-        yield
-    except struct.error:
-        raise error(errno.EINVAL, operation, hint="a number is negative, or too large for its field") from None
-
-
 def _pieces(address: int, npages: int) -> Iterable[tuple[int, int]]:
     """Cut a range into aligned powers of two of pages: (address, pages)."""
     page = address >> 12
@@ -215,7 +206,7 @@ class NestedDomain:
     def _bind_data(self, pasid: int, table: GuestPageTable, guest_pasid: int | None) -> bytes:
         flags = ((abi.IOMMU_SVA_VTD_GPASID_SRE if table.supervisor else 0)
                  | (abi.IOMMU_SVA_VTD_GPASID_EAFE if table.extended_accessed else 0))
-        with _numbers("bind"):
+        with fits("bind"):
             data = abi.iommu_gpasid_bind_data.pack(
                 argsz=abi.iommu_gpasid_bind_data.size, version=abi.IOMMU_GPASID_BIND_VERSION_1,
                 format=abi.IOMMU_PASID_FORMAT_INTEL_VTD, addr_width=table.address_width,
@@ -253,7 +244,7 @@ class NestedDomain:
 
         The kernel reports no other mistake.
         """
-        with _numbers("invalidate"):
+        with fits("invalidate"):
             operations = [data for entry in entries for data in self._invalidations(entry)]
         for data in operations:
             self._operate(vfio.VFIO_IOMMU_NESTING_OP_CACHE_INVLD, data)
@@ -314,7 +305,7 @@ class FaultQueue:
         InvalidArgumentError
             EINVAL: the group does not wait: it was answered, its time is over, or its last request has not come.
         """
-        with _numbers("respond"):
+        with fits("respond"):
             data = abi.iommu_page_response.pack(
                 argsz=abi.iommu_page_response.size, version=abi.IOMMU_PAGE_RESP_VERSION_1,
                 flags=0 if request.pasid is None else abi.IOMMU_PAGE_RESP_PASID_VALID, pasid=request.pasid or 0,

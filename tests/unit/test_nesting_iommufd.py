@@ -238,3 +238,30 @@ def test_devices_that_ask_for_no_pages_take_no_queue(stack):
         with pytest.raises(VfioError, match="PRI") as caught:
             domain.bind(1, TABLE)
         assert caught.value.errno == errno.ENODEV
+
+
+def test_numbers_that_fit_nowhere_are_refused_and_leave_all_as_it_was(guest):
+    with IommufdNestedDomain(guest.devices, guest.ioas) as domain:
+        domain.bind(5, TABLE)
+        for pasid, table in ((-1, TABLE), (1 << 32, TABLE), (1 << 20, TABLE), (0, TABLE), (3, GuestPageTable(-1)),
+                             (3, GuestPageTable(1 << 64)), (3, GuestPageTable(PAGE, address_width=1 << 32))):
+            with pytest.raises(InvalidArgumentError):
+                domain.bind(pasid, table)
+        assert guest.port.read(16 * PAGE, 4, pasid=5) == b"p016"
+        guest.entry(4, 16, 17 * PAGE | RWU)
+        for address, npages in (-PAGE, 1), (1 << 64, 1), (PAGE, -1), (PAGE, 1 << 64):
+            with pytest.raises(InvalidArgumentError):
+                domain.invalidate([Invalidation(5), Invalidation(5, address, npages)])
+        assert guest.port.read(16 * PAGE, 4, pasid=5) == b"p016"
+        domain.bind(3, TABLE)
+
+
+@pytest.mark.parametrize("addresses", [[], [-1], [1 << 64]])
+def test_a_device_that_asks_for_no_address_does_not_block_the_queue(guest, addresses):
+    with PageFaults(guest.iommufd.alloc_fault_queue()) as faults, \
+            IommufdNestedDomain(guest.devices, guest.ioas, fault_queue=faults) as domain:
+        domain.bind(5, TABLE)
+        with pytest.raises(InvalidArgumentError):
+            guest.port.fault_sink.request_pages(5, addresses, 1)
+        assert faults.read() == []
+        assert not select.select([faults], [], [], 0)[0]

@@ -12,7 +12,7 @@ from ...errors import VfioError
 from ...kernel import KernelVfio, refuse_unbound
 from ...protocols import VfioSystem
 from ...uapi import iommufd as abi
-from ...uapi.layout import Layout
+from ...uapi.layout import Layout, fits
 from .device import IommufdDevice
 from .hwpt import Hwpt
 from .ioas import Ioas
@@ -92,7 +92,8 @@ class Iommufd(Descriptor):
 
     def command(self, request: int, layout: Layout, operation: str, **values: Any) -> dict[str, Any]:
         """Do an ioctl with a structure, ``size`` filled in; return the structure as the kernel left it."""
-        data = bytearray(layout.pack(size=layout.size, **values))
+        with fits(operation):
+            data = bytearray(layout.pack(size=layout.size, **values))
         self.ioctl(request, data, operation)
         return layout.unpack(data)
 

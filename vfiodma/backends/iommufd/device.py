@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..._core.kernel import Descriptor
 from ...errors import VfioError
 from ...uapi import vfio as abi
+from ...uapi.layout import fits
 from .hwpt import Hwpt, NestedHwpt
 from .ioas import Ioas
 
@@ -85,8 +86,9 @@ class IommufdDevice(Descriptor):
         if pasid is None:
             data = bytearray(_ATTACH.pack(argsz=_ATTACH.size, pt_id=table.id))
         else:
-            data = bytearray(_ATTACH_PASID.pack(argsz=_ATTACH_PASID.size, pt_id=table.id, pasid=pasid,
-                                                flags=abi.VFIO_DEVICE_ATTACH_PASID))
+            with fits("attach"):
+                data = bytearray(_ATTACH_PASID.pack(argsz=_ATTACH_PASID.size, pt_id=table.id, pasid=pasid,
+                                                    flags=abi.VFIO_DEVICE_ATTACH_PASID))
         self.ioctl(abi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, data, "attach")
         return _ATTACH.unpack(data[:_ATTACH.size])["pt_id"]
 
@@ -95,8 +97,9 @@ class IommufdDevice(Descriptor):
         if pasid is None:
             data = bytearray(_DETACH.pack(argsz=_DETACH.size))
         else:
-            data = bytearray(_DETACH_PASID.pack(argsz=_DETACH_PASID.size, pasid=pasid,
-                                                flags=abi.VFIO_DEVICE_DETACH_PASID))
+            with fits("detach"):
+                data = bytearray(_DETACH_PASID.pack(argsz=_DETACH_PASID.size, pasid=pasid,
+                                                    flags=abi.VFIO_DEVICE_DETACH_PASID))
         self.ioctl(abi.VFIO_DEVICE_DETACH_IOMMUFD_PT, data, "detach")
 
     def dup(self) -> int:

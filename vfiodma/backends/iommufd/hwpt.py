@@ -7,6 +7,7 @@ from typing import Any
 from ..._core.errno import error
 from ..._core.iommufd import HwptIoctls
 from ...uapi import iommufd as abi
+from ...uapi.layout import fits
 from .page_faults import FaultQueue
 
 
@@ -50,7 +51,8 @@ class Hwpt(HwptIoctls):
         """
         s1 = (supervisor * abi.IOMMU_VTD_S1_SRE | extended_accessed * abi.IOMMU_VTD_S1_EAFE
               | write_protect * abi.IOMMU_VTD_S1_WPE)
-        data = abi.iommu_hwpt_vtd_s1.pack(flags=s1, pgtbl_addr=root, addr_width=address_width)
+        with fits("hwpt_nested"):
+            data = abi.iommu_hwpt_vtd_s1.pack(flags=s1, pgtbl_addr=root, addr_width=address_width)
         memory = ctypes.create_string_buffer(data, len(data))
         flags = (abi.IOMMU_HWPT_ALLOC_PASID if pasids else 0) | (abi.IOMMU_HWPT_FAULT_ID_VALID if fault_queue else 0)
         answer = self.ioas.iommufd.command(
@@ -99,9 +101,10 @@ class NestedHwpt:
         """
         iommufd, layout = self.parent.ioas.iommufd, abi.iommu_hwpt_invalidate
         known = ((0, (1 << 64) - 1, False),) if entries is None else tuple(entries)
-        raw = b"".join(abi.iommu_hwpt_vtd_s1_invalidate.pack(
-            addr=address, npages=npages, flags=abi.IOMMU_VTD_INV_FLAGS_LEAF if leaf else 0)
-            for address, npages, leaf in known)
+        with fits("hwpt_invalidate"):
+            raw = b"".join(abi.iommu_hwpt_vtd_s1_invalidate.pack(
+                addr=address, npages=npages, flags=abi.IOMMU_VTD_INV_FLAGS_LEAF if leaf else 0)
+                for address, npages, leaf in known)
         if not raw:
             return
         memory = ctypes.create_string_buffer(raw, len(raw))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..._core.errno import error
 from ...uapi import iommufd as abi
+from ...uapi.layout import fits
 
 if TYPE_CHECKING:
     from .context import Iommufd
@@ -74,8 +75,9 @@ class FaultQueue:
             EINVAL: that of the first one is not known.
         """
         layout = abi.iommu_hwpt_page_response
-        data = b"".join(layout.pack(cookie=cookie, code=abi.IOMMUFD_PAGE_RESP_SUCCESS if valid
-                                    else abi.IOMMUFD_PAGE_RESP_INVALID) for cookie, valid in answers)
+        with fits("fault_queue_write"):
+            data = b"".join(layout.pack(cookie=cookie, code=abi.IOMMUFD_PAGE_RESP_SUCCESS if valid
+                                        else abi.IOMMUFD_PAGE_RESP_INVALID) for cookie, valid in answers)
         return self._iommufd.system.write(self._open("fault_queue_write"), data) // layout.size
 
     def close(self) -> None:

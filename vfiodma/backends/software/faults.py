@@ -1,7 +1,6 @@
 """The fault queue of a software device: what its accesses with a PASID could not do, and the pages it asks for."""
 import errno
 import os
-import struct
 import threading
 import time
 from collections import deque
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ..._core.errno import error
 from ...uapi import iommu as abi
+from ...uapi.layout import fits
 
 _MOST = 4096            # records that nobody has read yet
 _GROUPS = 512           # 9 bits of a page request
@@ -99,12 +99,10 @@ class FaultQueueFile:
             records = []
             for i, address in enumerate(addresses):
                 last = abi.IOMMU_FAULT_PAGE_REQUEST_LAST_PAGE if i == len(addresses) - 1 else 0
-                try:
+                with fits("request_pages"):
                     request = abi.iommu_fault_page_request.pack(
                         flags=flags | last, pasid=pasid, grpid=group, perm=perm, addr=address,
                         private_data=private_data or (0, 0))
-                except struct.error:
-                    raise error(errno.EINVAL, "request_pages", hint="a number does not fit into its field") from None
                 records.append(_record(abi.IOMMU_FAULT_PAGE_REQ, request))
             if not self.page_requests or not records or group == _GROUPS or table and not self._put(records):
                 raise error(errno.EINVAL, "request_pages", hint="told not to ask, or the queue is full")

@@ -7,6 +7,7 @@ import time
 
 from ..._core.errno import error
 from ...uapi import iommufd as abi
+from ...uapi.layout import fits
 
 
 class Group:
@@ -177,7 +178,7 @@ class PageRequester:
         return self.request_pages(pasid, [address & ~4095], perm)
 
     def request_pages(self, pasid, addresses, perm):
-        """Ask for pages, in one group; return whether the answer was SUCCESS."""
+        """Ask for pages, in one group; return whether the answer was SUCCESS.  EINVAL: none, or no address."""
         number, serial = self._path.fault_queue(pasid)
         queue = self._iommufd.queues.get(number)
         if queue is None:
@@ -185,6 +186,9 @@ class PageRequester:
         self._groups += 1
         group = Group(self._path, pasid, self._groups % 512, [(address, perm) for address in addresses], serial,
                       pasid)
+        with fits("request_pages"):
+            if not list(group.records(1)):
+                raise error(errno.EINVAL, "request_pages", hint="a group has at least one page")
         queue.put(group)
         return queue.answer(group, self._timeout) == abi.IOMMUFD_PAGE_RESP_SUCCESS
 
