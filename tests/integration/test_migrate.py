@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def test_a_migration_is_asked_and_cancelled_and_both_sides_say_so(runtime):
             source = next(each for each in known if each["role"] == "source")
             assert source["pid"] == here.pid and source["url"] == url and source["stage"] == "rounds"
             shown = run("status", here.pid)
-            assert shown.returncode == 0 and "round 0:" in shown.stdout
+            assert shown.returncode == 0 and re.search(r"round \d+:", shown.stdout)
             assert run("cancel", here.pid).returncode == 0
             _, err = here.communicate(timeout=20)
             assert here.returncode == 1 and "it was cancelled; the guest runs on here" in err
