@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from vfiodma import GuestMemory
+from vfiodma import DirtyBitmap, GuestMemory
 from vfiodma._core.kernel import Descriptor
 from vfiodma._core.userfault import MissingPages
 from vfiodma.errors import ClosedError, DmaPermissionError, UnsupportedError
@@ -27,8 +27,10 @@ def is_open(fd):
 def test_the_number_of_a_closed_descriptor_is_not_given_away_while_an_ioctl_is_in_flight():
     """The kernel stands still where it writes the result: the page of the argument is missing."""
     with GuestMemory.memfd(4096) as memory:
+        missing = DirtyBitmap(1)
+        missing.set(0, 1)
         try:
-            pages = MissingPages(memory.region.vaddr, 4096)
+            pages = MissingPages(memory.region.vaddr, 4096, missing)
         except (DmaPermissionError, UnsupportedError) as exc:
             pytest.skip(str(exc))
         read, write = os.pipe()
