@@ -1,5 +1,9 @@
 """Every exception of the package.  An errno becomes one of these in one place only: vfiodma._core.errno."""
+import contextlib
+import errno as codes
 import os
+import struct
+from collections.abc import Iterator
 
 _MOST_WORDS = 1000
 
@@ -163,3 +167,13 @@ def peer_words(words: "str | bytes | bytearray | memoryview") -> str:
     if not isinstance(words, str):
         words = bytes(words[:4 * _MOST_WORDS]).decode(errors="replace")
     return "".join(char if char.isprintable() else "\ufffd" for char in words[:_MOST_WORDS])
+
+
+@contextlib.contextmanager
+def fits(operation: str) -> Iterator[None]:
+    """Pack what a caller gave: EINVAL of the operation where a number does not fit into its field."""
+    try:
+        yield
+    except struct.error:
+        raise InvalidArgumentError(codes.EINVAL, operation=operation,
+                                   hint="a number is negative, or too large for its field") from None

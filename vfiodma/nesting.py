@@ -14,10 +14,10 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ._core.errno import error
+from .errors import fits
 from .protocols import VfioSystem
 from .uapi import iommu as abi
 from .uapi import iommufd, vfio
-from .uapi.layout import fits
 
 if TYPE_CHECKING:
     from .backends.iommufd import FaultQueue as IommufdFaultQueue

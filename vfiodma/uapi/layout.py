@@ -11,29 +11,15 @@ Types are u8 u16 u32 u64 s32 le64 ptr, the name of a Layout declared before, or 
 """
 from __future__ import annotations
 
-import contextlib
-import errno
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-
-from ..errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     import numpy as np
 
 _T = TypeVar("_T")
-
-
-@contextlib.contextmanager
-def fits(operation: str) -> Iterator[None]:
-    """Pack what a caller gave: EINVAL of the operation where a number does not fit into its field."""
-    try:
-        yield
-    except struct.error:
-        raise InvalidArgumentError(errno.EINVAL, operation=operation,
-                                   hint="a number is negative, or too large for its field") from None
 
 
 # type -> (struct format with byte order, size, numpy format)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, Self
 
 from ..._core.errno import error
 from ..._core.kernel import Descriptor
-from ...errors import VfioError
+from ...errors import VfioError, fits
 from ...kernel import KernelVfio, refuse_unbound
 from ...protocols import VfioSystem
 from ...uapi import iommufd as abi
-from ...uapi.layout import Layout, fits
+from ...uapi.layout import Layout
 from .device import IommufdDevice
 from .hwpt import Hwpt
 from .ioas import Ioas

@@ -4,9 +4,8 @@ import errno
 from typing import TYPE_CHECKING, Any, Self
 
 from ..._core.kernel import Descriptor
-from ...errors import VfioError
+from ...errors import VfioError, fits
 from ...uapi import vfio as abi
-from ...uapi.layout import fits
 from .hwpt import Hwpt, NestedHwpt
 from .ioas import Ioas
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..._core.errno import error
 from ..._core.iommufd import HwptIoctls
+from ...errors import fits
 from ...uapi import iommufd as abi
-from ...uapi.layout import fits
 from .page_faults import FaultQueue
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..._core.errno import error
+from ...errors import fits
 from ...uapi import iommufd as abi
-from ...uapi.layout import fits
 
 if TYPE_CHECKING:
     from .context import Iommufd

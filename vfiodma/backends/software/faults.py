@@ -7,8 +7,8 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from ..._core.errno import error
+from ...errors import fits
 from ...uapi import iommu as abi
-from ...uapi.layout import fits
 
 _MOST = 4096            # records that nobody has read yet
 _GROUPS = 512           # 9 bits of a page request

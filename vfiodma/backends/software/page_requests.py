@@ -6,8 +6,8 @@ import threading
 import time
 
 from ..._core.errno import error
+from ...errors import fits
 from ...uapi import iommufd as abi
-from ...uapi.layout import fits
 
 
 class Group:
