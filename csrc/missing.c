@@ -29,6 +29,11 @@ struct zero {
     uint64_t mode;
     int64_t zeroed;
 };
+struct poison {
+    struct range range;
+    uint64_t mode;
+    int64_t updated;
+};
 struct msg {
     uint8_t event, reserved[7];
     uint64_t flags, address, ptid;
@@ -41,6 +46,7 @@ enum { API = 0xAA, EVENT_PAGEFAULT = 0x12, FEATURE_MISSING_SHMEM = 1 << 5, REGIS
 #define UFFDIO_WAKE _IOR(0xAA, 0x02, struct range)
 #define UFFDIO_COPY _IOWR(0xAA, 0x03, struct copy)
 #define UFFDIO_ZEROPAGE _IOWR(0xAA, 0x04, struct zero)
+#define UFFDIO_POISON _IOWR(0xAA, 0x08, struct poison)
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #define NEEDED (1u << 3 | 1u << 4)      /* COPY and ZEROPAGE: hugetlb memory has no ZEROPAGE */
 
@@ -139,6 +145,12 @@ int missing_fill(int uffd, uint64_t vaddr, uint64_t size)
     int err = missing_place(uffd, vaddr, NULL, size, &placed);
     /* Who waits may have been told of before the page came: nobody else wakes it then. */
     return err == -EEXIST ? missing_wake(uffd, vaddr, size) : err;
+}
+
+int missing_poison(int uffd, uint64_t vaddr, uint64_t size)
+{
+    struct poison poison = {{vaddr, size}, 0, 0};
+    return ioctl(uffd, UFFDIO_POISON, &poison) ? -errno : 0;
 }
 
 static bool is_set(const uint64_t *words, uint64_t page)

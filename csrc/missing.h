@@ -20,6 +20,8 @@ int missing_place(int uffd, uint64_t vaddr, const void *content, uint64_t size, 
 int missing_wake(int uffd, uint64_t vaddr, uint64_t size);
 /* Zeros for a page, unless it is there already, and wake who waits for it. */
 int missing_fill(int uffd, uint64_t vaddr, uint64_t size);
+/* Who touches a page that is not there, or waits for it, gets SIGBUS.  -EEXIST: it is there.  -EINVAL before Linux 6.6. */
+int missing_poison(int uffd, uint64_t vaddr, uint64_t size);
 /* Throw the pages away whose bits are set: who touches one waits, if the memory is registered.  shared: memfd, else anonymous.
  * -EBUSY: a page would not go (a huge page that can't be split, pinned, locked). */
 int missing_discard(uint64_t vaddr, uint64_t pgsize, const uint64_t *words, uint64_t npages, int shared);

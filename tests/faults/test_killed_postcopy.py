@@ -1,7 +1,9 @@
 """Post-copy between processes: devices reach memory that is still to come, and the source is killed in the middle."""
 import contextlib
+import faulthandler
 import os
 import random
+import resource
 import signal
 import time
 
@@ -10,7 +12,8 @@ from migration_doubles import LogTracker, Machine
 from postcopy_pair import GPAS, PAGE, PAGES, filled, make_memory, skip_unless_permitted
 from transport_ends import have_openssl, make_certificates
 
-from vfiodma import IoAddressSpace, SoftwareGroup, open_backend
+from vfiodma import DirtyBitmap, GuestMemory, IoAddressSpace, SoftwareGroup, open_backend
+from vfiodma._core.userfault import MissingPages
 from vfiodma.devices.dma_writer import DmaWriter
 from vfiodma.errors import PostcopyError
 from vfiodma.migration import Migration, PageReceiver
@@ -140,3 +143,34 @@ def test_a_destination_that_is_killed_leaves_a_source_that_says_so_and_never_run
         os.waitpid(pid, 0)
     assert caught.value.missing > 0 and "resume" not in machine.calls and not migration.source.handover.may_run
     migration.source.close()
+
+
+@pytest.mark.parametrize("alias", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_helper_that_is_killed_is_a_loud_end_for_a_thread_that_waits_with_the_gil(before, alias):
+    """Of its process: nothing in there could wake it, and nobody may read zeros."""
+    skip_unless_permitted()
+    stderr, write = os.pipe()
+    if not (pid := os.fork()):
+        os.dup2(write, 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.disable()
+        with GuestMemory.memfd(8 * PAGE) as memory, memory.region.remap() as other:
+            left = DirtyBitmap(8)
+            left.set(2, 4)
+            pages = MissingPages(memory.region.vaddr, memory.size, left, aliases=[(other.vaddr, 0, 8)])
+            heard, told = os.pipe()
+            if not (helper := os.fork()):
+                os.write(told, b"x" if not before else b"%d" % pages.next(10)[0])
+                os.kill(os.getpid(), signal.SIGKILL)
+            pages.guard(os.pidfd_open(helper))
+            if not before:
+                os.read(heard, 1)
+                os.waitpid(helper, 0)
+            (other if alias else memory.region).view()[3 * PAGE:3 * PAGE + 4].tobytes()
+            os._exit(0)
+    os.close(write)
+    status = os.waitpid(pid, 0)[1]
+    with open(stderr) as words:
+        assert "the helper process that places pages is gone" in words.read()
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGBUS, signal.SIGABRT)

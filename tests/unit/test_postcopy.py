@@ -25,7 +25,7 @@ from vfiodma.errors import (
     UnsupportedError,
     VfioError,
 )
-from vfiodma.migration import PageReceiver, PrecopySource, SocketTransport
+from vfiodma.migration import PageReceiver, PrecopySource, SocketTransport, postcopy_destination
 from vfiodma.migration.bandwidth import BandwidthLimit
 from vfiodma.migration.channel import FrameChannel
 from vfiodma.migration.events import PostcopyBegun, PostcopyDone, PostcopyProgress, Progress
@@ -183,6 +183,74 @@ def test_a_helper_that_is_killed_is_an_error(tmp_path, source):
                 pair.receiver.finish(20)
             assert caught.value.errno == errno.EOWNERDEAD
         pair.migration.source._channel.transport.interrupt()
+
+
+def test_who_watches_and_fails_does_not_keep_finish_waiting(tmp_path, source, capfd):
+    def fail(event):
+        raise ValueError("of the caller")
+
+    with Pair(tmp_path, source, postcopy=Postcopy(0), receiver={"on_postcopy": fail}) as pair:
+        assert pair.receiver.serve() is Phase.OWNER
+        assert pair.finish().pages > 0
+    assert "of the caller" in capfd.readouterr().err
+
+
+def test_the_helper_keeps_no_files_of_its_parent_and_ends_by_no_signal_of_the_terminal(tmp_path, source):
+    ours, theirs = socket.socketpair()
+    with Pair(tmp_path, source, postcopy=Postcopy(0), bandwidth_limit=1e6) as pair:
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            assert pair.receiver.serve() is Phase.OWNER
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert pair.pushing.wait(10)
+        theirs.close()
+        ours.settimeout(10)
+        assert ours.recv(1) == b""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(pair.receiver._missing._pid, number)
+        pair.migration.source.limit.rate = None
+        pair.finish()
+    ours.close()
+
+
+def test_who_gives_up_while_the_source_pauses_does_not_wait_for_it(tmp_path, source):
+    with Pair(tmp_path, source, postcopy=Postcopy(0), bandwidth_limit=1e6, reconnect_timeout=0.1) as pair:
+        assert pair.receiver.serve() is Phase.OWNER
+        assert pair.pushing.wait(10)
+        pair.migration.source.pause()
+        pair.receiver.close(abandon=True)
+        pair.listener.close()
+        pair.thread.join(20)
+        assert isinstance(pair.failure, PostcopyError)
+
+
+def test_an_accept_that_fails_in_its_own_way_does_not_end_the_helper(tmp_path, source):
+    failures = [ValueError("no errno"), OSError("no errno either"), KeyError()]
+
+    with Pair(tmp_path, source, postcopy=Postcopy(0), cuts=(11,)) as pair:
+        def accept(seconds):
+            if pair.receiver._missing is not None and failures:
+                raise failures.pop()
+            return pair.listener.accept(seconds)
+
+        pair.receiver._accept = accept
+        assert pair.receiver.serve() is Phase.OWNER
+        pair.finish()
+
+
+def test_a_helper_that_can_not_start_is_no_hand_over_and_another_one_can(tmp_path, source, monkeypatch):
+    breaks = []
+
+    def on_break(exc):
+        breaks.append((exc.errno, pair.receiver.handover.phase))
+        monkeypatch.undo()
+
+    with Pair(tmp_path, source, postcopy=Postcopy(0)) as pair:
+        monkeypatch.setattr(postcopy_destination, "_forget_signals", lambda: os._exit(1))
+        assert pair.receiver.serve(on_break=on_break) is Phase.OWNER
+        pair.finish()
+        assert breaks == [(errno.ECHILD, Phase.COMPLETE)]
 
 
 def test_a_destination_that_does_not_take_post_copy_refuses_before_anything_moves(tmp_path, source):

@@ -30,6 +30,12 @@ cdef extern from "missing.h" nogil:
     int missing_claim(uint64_t *words, uint64_t npages, const uint64_t *runs, size_t n, uint64_t *total)
     void missing_unclaim(uint64_t *words, uint64_t first, uint64_t n)
 
+cdef extern from "guard.h" nogil:
+    ctypedef struct guard_t "struct guard":
+        pass
+    int guard_start(guard_t **guard, int uffd, int pidfd, const uint64_t *ranges, size_t nranges)
+    void guard_stop(guard_t *guard)
+
 cdef extern from *:
     int __builtin_popcountll(unsigned long long) nogil
 
@@ -278,6 +284,8 @@ cdef class MissingPages:
     cdef uint64_t *words
     cdef uint64_t *aliases          # address, first page, number of pages of each
     cdef size_t naliases
+    cdef guard_t *watcher
+    cdef uint64_t *ranges           # start and bytes of all mappings; for the watcher
     cdef readonly uint64_t vaddr, size, pgsize, npages, left
     cdef object lock, placing
 
@@ -520,6 +528,42 @@ cdef class MissingPages:
             self.leave()
             PyBuffer_Release(&rows)
 
+    def guard(self, pidfd):
+        """When this process ends, who waits or touches a missing page gets SIGBUS (before Linux 6.6: this one is aborted).
+
+        Of a thread without the GIL, until ``unguard`` or ``close``.
+
+        Raises
+        ------
+        VfioError
+            EAGAIN, EMFILE, ENOMEM: there can't be one.
+        """
+        cdef size_t i
+        cdef int err = 0, fd = self.enter()
+        try:
+            with self.lock:
+                guard_stop(self.watcher)
+                self.watcher = NULL
+                free(self.ranges)
+                self.ranges = <uint64_t *> calloc(self.naliases + 1, 16)
+                if not self.ranges:
+                    raise_errno(ENOMEM, "missing")
+                self.ranges[0], self.ranges[1] = self.vaddr, self.size
+                for i in range(self.naliases):
+                    self.ranges[2 * i + 2] = self.aliases[3 * i]
+                    self.ranges[2 * i + 3] = self.aliases[3 * i + 2] * self.pgsize
+                err = guard_start(&self.watcher, fd, pidfd, self.ranges, self.naliases + 1)
+        finally:
+            self.leave()
+        if err:
+            raise_errno(-err, "missing", None, None, "a thread and two descriptors are needed")
+
+    def unguard(self):
+        """The process that places pages may end now; idempotent."""
+        with self.lock:
+            guard_stop(self.watcher)
+            self.watcher = NULL
+
     def close(self, abandon=False):
         """Let the memory go; idempotent.
 
@@ -533,6 +577,8 @@ cdef class MissingPages:
             if fd >= 0 and self.left and not abandon:
                 raise_errno(EBUSY, "missing", None, None, f"{self.left} pages are not there yet")
             if fd >= 0:
+                guard_stop(self.watcher)
+                self.watcher = NULL
                 self.forget()
                 self.uffd = -1
                 if self.users:
@@ -541,7 +587,9 @@ cdef class MissingPages:
                     os.close(fd)
 
     def __dealloc__(self):
+        guard_stop(self.watcher)
         if self.uffd >= 0:
             os.close(self.uffd)
         free(self.words)
         free(self.aliases)
+        free(self.ranges)

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .._core.bitmap import DirtyBitmap
@@ -34,8 +34,9 @@ from .stream import COMPRESSED, RUN_SIZE, Checksum, Compression, Done, Header, K
 
 _NAP = 0.1              # seconds between looks at the end
 _REPORT = 0.5           # seconds between reports of the helper
+_START = 10.0           # seconds for the helper to start
 _LINGER = 5.0           # seconds for the source to hear that all is there, over another connection
-#: Of guests whose memory will not come: never freed, so that who waits for a page goes on waiting.
+#: Of guests whose memory will not come: never freed, so that who touches a missing page never finds zeros.
 _LOST: list[MissingPages] = []
 
 
@@ -129,7 +130,7 @@ class MissingMemory:
         self._on_event = on_event or (lambda _: None)
         self.left = self._all = left.count()
         self._pages: list[MissingPages] = []
-        self._pid = 0
+        self._pid, self._pidfd = 0, -1
         self._control: socket.socket | None = None
         self._monitor: threading.Thread | None = None
         self._changed = threading.Condition()
@@ -144,8 +145,15 @@ class MissingMemory:
             self.undo()
             raise
 
-    def fork(self, channel: FrameChannel) -> None:
+    def fork(self, channel: FrameChannel, needed: Sequence[int] | None = None) -> None:
         """Start the helper, which waits for ``go``.
+
+        Parameters
+        ----------
+        channel : FrameChannel
+            To the source.
+        needed : sequence of int, optional
+            Descriptors of the channel and of ``reconnect``: the helper gives all others up.
 
         Raises
         ------
@@ -153,6 +161,7 @@ class MissingMemory:
             EAGAIN, ENOMEM, EMFILE: there can't be one; nothing has changed.
         """
         self._end_helper()
+        self._failure = None        # of an earlier helper
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:
@@ -170,8 +179,10 @@ class MissingMemory:
         if not pid:
             status = 1
             try:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)        # the terminal's is for the other process
+                _forget_signals()
                 ours.close()
+                if needed is not None:
+                    _give_up_descriptors({theirs.fileno(), *needed, *(pages.fileno() for pages in self._pages)})
                 status = _Helper(self, channel, theirs).run()
             except BaseException:
                 traceback.print_exc()
@@ -180,15 +191,29 @@ class MissingMemory:
         self._keep_from_children(False)
         theirs.close()
         self._pid, self._control = pid, ours
+        try:
+            self._pidfd = os.pidfd_open(pid)
+            ours.settimeout(_START)
+            if not ours.recv(1):
+                raise error(errno.ECHILD, "postcopy")
+            ours.settimeout(None)
+            for pages in self._pages:
+                pages.guard(self._pidfd)
+            monitor = threading.Thread(target=self._watch, name="vfiodma-postcopy", daemon=True)
+            monitor.start()
+            self._monitor = monitor
+        except (OSError, RuntimeError) as exc:
+            self._end_helper()
+            raise error(getattr(exc, "errno", None) or errno.EAGAIN, "postcopy", hint="a helper process is needed, and "
+                        "threads and descriptors to watch it") from exc
 
     def go(self) -> None:
         """The guest is owned: the helper tells the source so, and places pages from here on."""
-        assert self._control is not None
         self._began = time.monotonic()
-        self._monitor = threading.Thread(target=self._watch, name="vfiodma-postcopy", daemon=True)
-        self._monitor.start()
-        with contextlib.suppress(OSError):      # it is gone: the monitor hears of it
-            self._control.sendall(b"go\n")
+        control = self._control
+        if control is not None:
+            with contextlib.suppress(OSError):      # it is gone: the monitor hears of it
+                control.sendall(b"go\n")
 
     def finish(self, timeout: float | None = None) -> PostcopyDone:
         """Wait until every page is there.
@@ -239,9 +264,9 @@ class MissingMemory:
         self.undo()
 
     def give_up(self) -> None:
-        """Nobody places pages any more; who waits for one waits as long as the process lives, and finds no zeros."""
-        self._end_helper()
+        """Nobody places pages any more; who touches one gets SIGBUS, and finds no zeros."""
         _LOST.extend(self._pages)
+        self._end_helper(guarded=True)
 
     # Inside
 
@@ -249,8 +274,16 @@ class MissingMemory:
         for pages in self._pages:
             pages.keep_from_children(keep)
 
-    def _end_helper(self) -> None:
+    def _end_helper(self, guarded: bool = False) -> None:
+        for pages in self._pages if not guarded else ():
+            pages.unguard()
         control, self._control = self._control, None
+        if self._pidfd >= 0:
+            if self._done is None:      # else it may still tell the source
+                with contextlib.suppress(OSError):
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            os.close(self._pidfd)
+            self._pidfd = -1
         if control is not None:
             with contextlib.suppress(OSError):
                 control.shutdown(socket.SHUT_RDWR)      # it ends, and so does the monitor
@@ -268,8 +301,9 @@ class MissingMemory:
         return 0
 
     def _error(self, number: int, words: str) -> PostcopyError:
+        end = "gets SIGBUS" if number == errno.EOWNERDEAD else "waits"
         exc = PostcopyError(number, operation="postcopy", hint=(
-            f"{words}; {self.left} of the {self._all} pages that were to come are missing: whoever touches one waits"))
+            f"{words}; {self.left} of the {self._all} pages that were to come are missing: whoever touches one {end}"))
         exc.missing = self.left
         return exc
 
@@ -289,8 +323,11 @@ class MissingMemory:
                             pages.close(abandon=True)       # all placed: by the helper
                         self._done = PostcopyDone(**said["done"], seconds=time.monotonic() - self._began)
                     self._changed.notify_all()
-                self._on_event(self._done if "done" in said and self._done is not None
-                               else PostcopyProgress(self.left, said["faults"]))
+                try:
+                    self._on_event(self._done if "done" in said and self._done is not None
+                                   else PostcopyProgress(self.left, said["faults"]))
+                except Exception:       # the caller's: who waits in finish() needs this thread
+                    traceback.print_exc()
         status = self._reap()
         with self._changed:
             if self._done is None:
@@ -298,6 +335,24 @@ class MissingMemory:
                 control.close()
                 self._failure = self._error(errno.EOWNERDEAD, f"the helper process is gone (status {status:#x})")
                 self._changed.notify_all()
+
+
+def _forget_signals() -> None:
+    """Handlers are the other process's, and so is what would end both: the helper ends when that one does."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _give_up_descriptors(needed: set[int]) -> None:
+    """Let go of other files, but not of their numbers: objects of this process may still close those."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd != null and fd not in needed:
+            os.dup2(null, fd, inheritable=False)
 
 
 class _Helper:
@@ -320,6 +375,7 @@ class _Helper:
 
     def run(self) -> int:
         """Do it all; return the status of the process."""
+        self._control.send(b"\n")
         if self._order() != b"go\n":
             return 1
         channel = self._channel
@@ -362,7 +418,7 @@ class _Helper:
                     self._connected(until)
                 self._take(self._channel)
                 return True
-            except VfioError as exc:
+            except Exception as exc:        # of the caller's ``accept`` as well: nobody else can go on
                 failure = exc
                 time.sleep(_NAP / 10)       # whatever fails at once must not keep a core busy
             channel = self._channel
@@ -380,7 +436,8 @@ class _Helper:
             if self._reconnect is None or time.monotonic() >= until:
                 if not left:
                     return True
-                self._tell(errno=failure.errno, words=f"the source does not come back: {failure}")
+                self._tell(errno=getattr(failure, "errno", None) or errno.EIO,
+                           words=f"the source does not come back: {failure}")
                 return False
 
     def _connected(self, until: float) -> None:
@@ -412,6 +469,8 @@ class _Helper:
                 self._place(channel, header, body)
             if time.monotonic() - self._told >= _REPORT:
                 self._tell()
+                if self._orphaned():        # a source that pauses would not notice
+                    raise error(errno.EOWNERDEAD, "postcopy", hint="the other process is gone")
         totals = Totals(self._received, self._totals[0] - began[0], self._totals[1] - began[1])
         if stream.decode_totals(body) != totals:
             raise damaged("the source has sent other totals than came")
@@ -461,15 +520,15 @@ class _Helper:
     def _watch(self) -> None:
         """Ask for what somebody touches."""
         poll = select.poll()
-        for pages in self._pages:
-            poll.register(pages.fileno(), select.POLLIN)
-        while not self._over.is_set():
-            try:
+        try:
+            for pages in self._pages:
+                poll.register(pages.fileno(), select.POLLIN)
+            while not self._over.is_set():
                 self._look(poll)
-            except VfioError:       # closed, or out of memory for a page of zeros: then there is no helper any more
-                if not self._over.is_set():
-                    traceback.print_exc()
-                    os._exit(1)
+        except BaseException:       # closed, or out of memory for a page of zeros: then there is no helper any more
+            if not self._over.is_set():
+                traceback.print_exc()
+                os._exit(1)
 
     def _look(self, poll: Any) -> None:
         if len(self._asked) >= stream.WANTED_PAGES // 2:        # the others wait in the kernel

@@ -47,6 +47,7 @@ class PageReceiver:
         What this side takes: by default all of which the library is installed.
     accept : callable, optional
         Called with seconds; returns the next connection, for further channels and after a break: ``Listener.accept``.
+        With another callable, the helper of ``postcopy`` keeps all descriptors of this process until it ends.
     channels : int
         Channels that this side takes, at most; one without ``accept``.
     journal : Journal, optional
@@ -185,7 +186,7 @@ class PageReceiver:
                 else:
                     missing = self._missing
                     if missing is not None:
-                        missing.fork(self._channel)
+                        missing.fork(self._channel, self._needed())
                     # Only what is written down may be said.
                     phase = self.handover.run()
                     if missing is not None and phase is Phase.OWNER:
@@ -255,7 +256,8 @@ class PageReceiver:
         ------
         PostcopyError
             ``missing`` pages do not come: the source is gone, or silent (ECONNRESET, ETIMEDOUT, ...).  Who touches one
-            waits on; ``finish`` again waits for the source to connect once more.  EOWNERDEAD: nobody can place them.
+            waits on; ``finish`` again waits for the source to connect once more.  EOWNERDEAD: nobody can place them,
+            and who touches one gets SIGBUS.
         """
         if self._missing is None:
             return None
@@ -320,6 +322,13 @@ class PageReceiver:
         self._missing = MissingMemory(
             layout, self._left, self.epoch + 1, compression=self._compression, wait=self._wait,
             reconnect=self._helper_channel if self._accept is not None else None, on_event=self._on_postcopy)
+
+    def _needed(self) -> list[int] | None:
+        """Descriptors of the connection and of ``accept``; None where it is not known which those are."""
+        owners = [self._channel.transport, *([getattr(self._accept, "__self__", None)] if self._accept else [])]
+        if not all(hasattr(owner, "filenos") for owner in owners):
+            return None
+        return [fd for owner in owners for fd in owner.filenos()]
 
     def _leave(self) -> None:
         for channel in (self._channel, *self._further):

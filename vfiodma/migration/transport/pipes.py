@@ -61,6 +61,10 @@ class PipeTransport(PolledTransport):
     def _wait_readable(self, timeout: float) -> bool:
         return bool(self._poll("receive", self._read_fd, select.POLLIN, timeout))
 
+    def filenos(self) -> list[int]:
+        """Return the descriptors that it needs."""
+        return [*super().filenos(), *self._blocking]
+
     def leave(self) -> None:
         """Close it in this process: a child goes on with the connection."""
         self._blocking = dict.fromkeys(self._blocking, False)       # the child's as well

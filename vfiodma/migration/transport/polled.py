@@ -55,6 +55,10 @@ class PolledTransport(ByteTransport):
             if stop and self._wakers:
                 os.eventfd_write(self._wakers[doing], 1)
 
+    def filenos(self) -> list[int]:
+        """Return the descriptors that it needs."""
+        return list(self._wakers.values())
+
     def close(self) -> None:
         """Close what is left; idempotent."""
         wakers, self._wakers = self._wakers, {}

@@ -202,6 +202,10 @@ class SocketTransport(ByteTransport):
         with contextlib.suppress(OSError):
             self._sock.shutdown(how)
 
+    def filenos(self) -> list[int]:
+        """Return the descriptors that it needs."""
+        return [self._sock.fileno()]
+
     def close(self) -> None:
         """Close the socket; idempotent."""
         self._sock.close()

@@ -84,6 +84,10 @@ class TlsTransport(PolledTransport):
         """Return the socket's descriptor."""
         return int(self._tls.fileno())
 
+    def filenos(self) -> list[int]:
+        """Return the descriptors that it needs."""
+        return [*super().filenos(), self.fileno()]
+
     def shake(self) -> int:
         """Go on with the handshake; return what has to be waited for (POLLIN, POLLOUT), or 0 when it is done."""
         try:

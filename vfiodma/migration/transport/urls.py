@@ -279,6 +279,10 @@ class Listener:
         self._shaking[fd] = tls, event, end
         return None
 
+    def filenos(self) -> list[int]:
+        """Return the descriptors that it needs."""
+        return [self._sock.fileno(), *(fd for tls, _, _ in self._shaking.values() for fd in tls.filenos())]
+
     def close(self) -> None:
         """Stop listening, and remove the UNIX socket's file; idempotent."""
         self._sock.close()
