@@ -107,7 +107,7 @@ def test_the_helper_goes_on_with_connections_of_other_kinds(tmp_path, source, ki
 @pytest.mark.parametrize("after", [0, 1, 40, 300])
 def test_a_source_that_is_killed_is_a_loud_end_that_names_the_missing_pages(tmp_path, source, memory, after):
     killed = []
-    with sending(tmp_path, source, bandwidth_limit=3e6) as (pid, listener):
+    with sending(tmp_path, source, bandwidth_limit=3e5) as (pid, listener):
         def on_postcopy(event):
             if isinstance(event, PostcopyProgress) and not killed:
                 killed.append(event.left)
