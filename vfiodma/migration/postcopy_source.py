@@ -179,7 +179,7 @@ class PagePusher:
         if not owed:
             return False
         try:
-            self._limit.spend(owed, check)
+            self._limit.spend(owed, check, channel.transport.wait_readable)
         except Asked:
             return True
         return False
