@@ -117,6 +117,7 @@ class Pair:
                  **options):
         self.source, self.memory, self.events, self.machine = source, make_memory(), [], Machine({"device": b"state"})
         self.states, self.failure, self.result, self.tracker = {}, None, None, None
+        self.raised = None
         self.chance, self.writes = random.Random(seed), writes
         self.url = f"unix:{path}/guest{next(_NUMBERS)}"
         self.listener = listen(self.url, timeout=10.0)
@@ -159,6 +160,8 @@ class Pair:
             self.result = self.migration.run()
         except VfioError as exc:
             self.failure = exc
+        except InterruptedError as exc:     # of the hook
+            self.raised = exc
 
     def finish(self):
         """Let both sides end, and compare."""

@@ -18,6 +18,7 @@ from vfiodma._core.userfault import MissingPages
 from vfiodma.errors import (
     BusyError,
     DmaPermissionError,
+    HandoverError,
     MigrationError,
     OverlapError,
     PostcopyError,
@@ -28,7 +29,7 @@ from vfiodma.errors import (
 from vfiodma.migration import PageReceiver, PrecopySource, SocketTransport, postcopy_destination
 from vfiodma.migration.bandwidth import BandwidthLimit
 from vfiodma.migration.channel import FrameChannel
-from vfiodma.migration.events import PostcopyBegun, PostcopyDone, PostcopyProgress, Progress
+from vfiodma.migration.events import PostcopyBegun, PostcopyDone, PostcopyProgress, Progress, Stage
 from vfiodma.migration.handover import SourceState
 from vfiodma.migration.layout import MemoryLayout
 from vfiodma.migration.postcopy_source import PagePusher, Postcopy
@@ -144,6 +145,50 @@ def test_a_source_that_is_killed_is_an_error_that_says_how_many_pages_are_missin
         assert "resume" not in pair.machine.calls
         with pytest.raises(BusyError, match="pages of the guest are not there yet"):
             pair.receiver.close()
+
+
+def test_whatever_ends_a_push_keeps_what_the_destination_lacks(tmp_path, source):
+    """A callback that fails, a connection that leads nowhere."""
+    failures = []
+
+    def hook(pair, event):
+        if isinstance(event, PostcopyProgress) and not failures:
+            failures.append(event.left)
+            raise InterruptedError(errno.EINTR, "of the caller")
+
+    with Pair(tmp_path, source, postcopy=Postcopy(0), hook=hook) as pair:
+        assert pair.receiver.serve() is Phase.OWNER
+        pair.thread.join(20)
+        assert isinstance(pair.raised, InterruptedError)
+        here, (ours, theirs) = pair.migration.source, socket.socketpair()
+        theirs.close()
+        nowhere = SocketTransport(ours)
+        with pytest.raises(PostcopyError, match="keep them, and push") as lost:
+            here.push(nowhere)
+        nowhere.close()
+        assert lost.value.missing > 0 and here.handover.state is SourceState.GIVEN
+        assert here.push().pages > 0
+        pair.finish()
+        assert failures
+
+
+def test_a_source_in_doubt_keeps_what_the_destination_may_lack(tmp_path, source):
+    def hook(pair, event):
+        if isinstance(event, Stage) and event.name == "release":
+            pair.right, pair.url = pair.url, "unix:/nowhere"
+            pair.migration.source._channel.transport.interrupt()
+
+    with Pair(tmp_path, source, postcopy=Postcopy(0), hook=hook, reconnect_timeout=0.1) as pair:
+        phases = []
+        serving = threading.Thread(target=lambda: phases.append(pair.receiver.serve()))
+        serving.start()
+        pair.thread.join(20)
+        assert isinstance(pair.failure, HandoverError)
+        pair.url, pair.failure = pair.right, None
+        pair.migration.source.settle()
+        serving.join(20)
+        assert phases == [Phase.OWNER] and pair.migration.source.push().pages > 0
+        pair.finish()
 
 
 def test_a_source_that_was_away_for_long_is_waited_for_again(tmp_path, source):

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 from .._core.errno import error
 from ..address_space import IoAddressSpace
-from ..errors import MigrationError, PostcopyError
+from ..errors import MigrationError
 from ..memory import GuestMemory
 from .device_group import DeviceStates
 from .events import Event, MigrationResult, Progress
+from .handover import SourceState
 from .layout import MemoryLayout
 from .machine import Machine, Tracker
 from .precopy import PrecopySource
@@ -96,7 +97,8 @@ class Migration:
         HandoverError
             EINPROGRESS: the destination was given the guest, and did not answer: ``source.settle`` asks again.
         PostcopyError
-            The guest is the destination's, which lacks pages: ``source.push`` goes on, ``source.close`` gives up.
+            The guest is the destination's, which lacks pages: ``source.push`` goes on, ``source.close`` gives up.  Also
+            after HandoverError and ``source.settle``, and after whatever ``on_event`` raises, where ``source.switched``.
         """
         return self._run(self._on_event)
 
@@ -198,13 +200,14 @@ class Migration:
                     source.abort()
                     raise MigrationError(errno.EBADMSG, operation="verify",
                                          hint="the memory differs between both sides; the guest runs on here")
-            source.release()
-            if source.switched:
-                try:
+            try:
+                source.release()
+                if source.switched:
                     result.postcopy = source.push()
-                except PostcopyError:
-                    parts.pop_all()     # it keeps what the destination lacks
-                    raise
+            except BaseException:       # of on_event, and of a user who is impatient, as well
+                if source.switched and source.handover.state in (SourceState.COMMITTING, SourceState.GIVEN):
+                    parts.pop_all()     # it keeps what the destination lacks, or may lack
+                raise
             self.result = result
             on_event(result)
             return result

@@ -294,7 +294,7 @@ class PrecopySource(SourceLink):
         Parameters
         ----------
         transport : Transport, optional
-            Another connection, after a failure; closed by the caller.
+            Another connection, after a failure; closed by the caller.  By default ``connect`` makes one.
 
         Raises
         ------
@@ -309,7 +309,11 @@ class PrecopySource(SourceLink):
         close_channels(self._further)
         if transport is not None:
             self._connected(transport)
-            self._again()
+            try:
+                with self._failing("push"):
+                    self._again()
+            except MigrationError as exc:
+                raise self._stopped_pushing(exc) from exc
         self._on_event(Stage("pushing"))
         self._on_event(PostcopyBegun(pusher.missing, self._reason))
         while heard is None:
@@ -328,7 +332,8 @@ class PrecopySource(SourceLink):
         except MigrationError as exc:
             failure = exc
         try:
-            if not _curable(failure):
+            # EBADF: it was closed here, after an earlier failure.
+            if not _curable(failure) and failure.errno != errno.EBADF:
                 raise failure
             self._on_event(Broken(failure))
             pusher.done.breaks += 1
@@ -337,12 +342,16 @@ class PrecopySource(SourceLink):
                     self._again()
                     return None
         except MigrationError as exc:
-            lost = PostcopyError(exc.errno, operation="push", hint=(
-                f"{exc.hint or exc.strerror}; the guest is the destination's, which lacks {pusher.missing} pages: keep "
-                "them, and push() again"))
-            lost.missing = pusher.missing
-            raise lost from exc
+            raise self._stopped_pushing(exc) from exc
         return None
+
+    def _stopped_pushing(self, exc: MigrationError) -> PostcopyError:
+        missing = 0 if self._pusher is None else self._pusher.missing
+        lost = PostcopyError(exc.errno, operation="push", hint=(
+            f"{exc.hint or exc.strerror}; the guest is the destination's, which lacks {missing} pages: keep them, and "
+            "push() again"))
+        lost.missing = missing
+        return lost
 
     def settle(self, transport: Any = None) -> None:
         """Ask the destination once more whose the guest is; raises as ``release``.
