@@ -38,11 +38,15 @@ build: $(VENV)/.installed $(VENV)/.built
 demo: build
 	$(BIN)/vfiodma demo $(DEMO)
 
-# All of it, or with PYTEST="..." a part of the Python tests.
+# All of it, or with PYTEST="..." a part of the Python tests.  Guests of the lab take one CPU, the other tests another one.
 test: build test-c
-	$(BIN)/python -m pytest $(or $(PYTEST),--ignore=tests/lab/test_differential.py)
-	$(if $(PYTEST),,@$(BIN)/python tests/lab/run_guests.py --short)
-	$(if $(PYTEST),,@$(BIN)/python -m pytest -rs -k 6.12 tests/lab/test_differential.py)
+ifdef PYTEST
+	$(BIN)/python -m pytest $(PYTEST)
+else
+	@mkdir -p build; $(MAKE) --no-print-directory lab-short >build/lab-short.log 2>&1 & lab=$$!; trap 'kill $$lab 2>/dev/null' EXIT; \
+	$(BIN)/python -m pytest --ignore=tests/lab/test_differential.py; tests=$$?; \
+	echo "Tests in a kernel of the lab, which ran meanwhile"; wait $$lab; lab=$$?; cat build/lab-short.log; exit $$((tests | lab))
+endif
 
 test-c:
 	$(MAKE) --no-print-directory -C tests/c check
@@ -53,7 +57,8 @@ test-deep: build
 
 # Tests on real kernels in QEMU, see docs/kernel-lab.md: on one kernel a few, on each kernel all; and what they need.
 lab-short: build
-	$(BIN)/python tests/lab/run_guests.py --short
+	@$(BIN)/python tests/lab/run_guests.py --short
+	@$(BIN)/python -m pytest -q -rs -k 6.12 tests/lab/test_differential.py
 
 lab: build
 	$(BIN)/python tests/lab/run_guests.py $(LAB_ARGS) $(LAB_KERNELS) $(if $(PYTEST),-- $(PYTEST))

@@ -140,7 +140,7 @@ def test_a_new_process_that_stops_at_any_step_is_killed_and_the_old_one_goes_on(
         seen, ended = answer(new)
         taken = ended == 0 and seen["taken"]
         assert status == 0 and taken == result["handed over"] == (not result.get("owner")), (at, result, seen)
-        if ended == 0 and seen["left"] > 0:
+        if taken and seen["left"] > 0:      # not taken: on a busy machine the old one gives up before that step
             break
     assert at > 2 * MAPPINGS
 
@@ -156,8 +156,10 @@ def test_an_old_process_that_stops_at_any_step_and_comes_back_leaves_one_owner()
         if os.WIFEXITED(os.waitpid(old[0], os.WUNTRACED)[1]):
             os.close(old[1])
             seen, _ = answer(new)
-            assert seen["taken"] and seen["owner"]
-            break
+            assert seen["taken"] == seen.get("owner", False)
+            if seen["taken"]:               # else the new one gave up, on a busy machine
+                break
+            continue
         time.sleep(0.3)                 # longer than the new process waits
         os.kill(old[0], signal.SIGCONT)
         (result, _), (seen, status) = answer(old), answer(new)

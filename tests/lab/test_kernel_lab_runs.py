@@ -154,7 +154,8 @@ def test_a_signal_ends_the_guest_and_leaves_nothing(lab, tmp_path, number):
     status, _, err = finish(process)
     assert status == 128 + number
     assert f"stopped by {number.name}" in err and "Traceback" not in err
-    assert not running(pid) and folders(tmp_path) == []
+    wait_for(lambda: not running(pid))
+    assert folders(tmp_path) == []
 
 
 def test_a_killed_lab_takes_the_guest_along_and_the_next_one_cleans_up(lab, tmp_path):
