@@ -204,7 +204,7 @@ class PrecopySource(SourceLink):
                             devices.start()
                             self._devices = devices
                         self._rounds(layout, tracker, states or {}, result)
-                        self._switch_over(layout, tracker, machine, states or {}, result)
+                        self._switch_over(layout, tracker, machine, result)
                     break
                 except MigrationError as exc:
                     self._stay()
@@ -440,6 +440,8 @@ class PrecopySource(SourceLink):
             result.predicted_downtime, result.band = prediction.total, (prediction.low, prediction.high)
             result.limit = decision.limit
         if not prepared:
+            if not self._epoch and self._cut is None:       # without a round the states go alone
+                self._tell_states(states)
             self._prepare()
         result.converged = step is Step.SWITCH
 
@@ -451,6 +453,10 @@ class PrecopySource(SourceLink):
         left = pending.initial_bytes + pending.dirty_bytes
         self.convergence.costs.device_bytes = left if pending.final_bytes is None else pending.final_bytes
         return pending.initial_bytes > 0
+
+    def _tell_states(self, states: Mapping[str, bytes]) -> None:
+        for name, data in states.items():
+            self._channel.send(Kind.STATE, stream.encode_state(name, data), epoch=self._epoch)
 
     def _tell_throttle(self, share: float) -> None:
         if share != self._throttled:
@@ -464,8 +470,7 @@ class PrecopySource(SourceLink):
         self._channel.send(Kind.PREPARE, epoch=self._epoch)
         self._channel.answer(Kind.PREPARED, epoch=self._epoch)
 
-    def _switch_over(self, layout: MemoryLayout, tracker: Tracker, machine: Machine, states: Mapping[str, bytes],
-                     result: MigrationResult) -> None:
+    def _switch_over(self, layout: MemoryLayout, tracker: Tracker, machine: Machine, result: MigrationResult) -> None:
         assert self.ledger is not None
         self._check()
         self._on_event(Stage("stopped"))
@@ -479,9 +484,7 @@ class PrecopySource(SourceLink):
         scanned = time.perf_counter()
         if self._switch.is_set():
             self._pusher = self._leave(layout)
-        # Named states have gone with the first round, if there was one.
-        first = {} if self._epoch or self._cut else states
-        done = self._round(layout, None, {**first, **machine.state()})
+        done = self._round(layout, None, machine.state())       # the named states have gone first
         assert done is not None
         end = time.perf_counter()
         result.downtime = end - down
@@ -517,8 +520,7 @@ class PrecopySource(SourceLink):
         """
         assert self.ledger is not None and self._sender is not None
         began, before, epoch = time.perf_counter(), self._sent(), self._epoch
-        for name, data in states.items():
-            self._channel.send(Kind.STATE, stream.encode_state(name, data), epoch=epoch)
+        self._tell_states(states)
         if self._devices is not None:
             for name, chunk in self._devices.chunks() if tracker else self._devices.final_chunks():
                 self.limit.spend(len(chunk), self._check_cancel)

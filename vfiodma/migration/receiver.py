@@ -408,7 +408,7 @@ class PageReceiver:
         else:
             if hello.postcopy and not self._postcopy:
                 raise error(errno.EOPNOTSUPP, "postcopy", hint="the source may switch to post-copy, and nobody here "
-                            "takes that (postcopy=True)")
+                            "takes that (postcopy=True, --postcopy)")
             memory = self._make_memory(hello)
         layout = MemoryLayout(memory, hello.pgsize)
         if layout.shape != hello.blocks:
