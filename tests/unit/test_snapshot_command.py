@@ -45,7 +45,13 @@ def test_a_damaged_snapshot_leaves_no_image(tmp_path):
     for words in (("show", path, "--verify"), ("load", path, tmp_path / "out")):
         done = run(*words)
         assert done.returncode == 1 and "is not what was saved" in done.stderr
-    assert os.listdir(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_snapshot_that_is_not_there_leaves_no_folder(tmp_path):
+    done = run("load", tmp_path / "none", tmp_path / "new/out")
+    assert done.returncode == 1 and "No such file" in done.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_image_that_is_not_whole_pages_or_not_there_is_refused(tmp_path):

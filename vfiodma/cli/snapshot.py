@@ -115,6 +115,11 @@ def load(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a snapshot, and write its memory as raw images, with holes for zeros, and its states."""
+    found = snapshots.inspect(snapshot)
+    for name in found.states:
+        if "/" in name or not name.isprintable():
+            raise typer.BadParameter(f"the state {name!r} can't be the name of a file")
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
 
@@ -132,10 +137,6 @@ def load(
         return memory
 
     try:
-        found = snapshots.inspect(snapshot)
-        for name in found.states:
-            if "/" in name or not name.isprintable():
-                raise typer.BadParameter(f"the state {name!r} can't be the name of a file")
         memory, states = snapshots.load(snapshot, make_memory, fresh=True)
         memory.close()
         for name, data in states.items():
@@ -145,6 +146,9 @@ def load(
     except BaseException as exc:
         for path in files[:-1] if isinstance(exc, FileExistsError) else files:      # the last one is somebody else's
             path.unlink(missing_ok=True)
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         with _plain_errors():
             raise
     _print(_facts(snapshot, found), as_json)
