@@ -17,6 +17,7 @@ from .pipes import PipeTransport
 from .sockets import ByteTransport, SocketTransport
 from .tls import TlsFiles, TlsTransport
 
+_MOST_PATH = 107        # bytes of the name of a UNIX socket
 _MOST_SHAKING = 64      # connections in the handshake of TLS: the oldest goes for a newer one
 
 
@@ -32,6 +33,9 @@ def _parse(url: str) -> _Url:
     if not isinstance(url, str):
         raise TypeError(f"a URL is a str, not {type(url).__name__}")
     if url.startswith("unix:") and len(url) > 5 and "\0" not in url:
+        if len(os.fsencode(url[5:])) > _MOST_PATH:
+            raise MigrationError(errno.ENAMETOOLONG, operation="transport",
+                                 hint=f"the path of a UNIX socket has at most {_MOST_PATH} bytes")
         return _Url("unix", url[5:], 0)
     if re.fullmatch("fd:[0-9]{1,9}", url):
         return _Url("fd", "", int(url[3:]))
@@ -49,7 +53,8 @@ def _parse(url: str) -> _Url:
 def _check_tls(scheme: str, tls: TlsFiles | None) -> None:
     if (scheme == "tls") != (tls is not None):
         raise error(errno.EINVAL, "transport", hint="tls:// and certificates belong together" if scheme != "tls" else
-                    "tls:// needs the certificates of this side (tls=TlsFiles(ca, certificate, key))")
+                    "tls:// needs the certificates of this side: tls=TlsFiles(ca, certificate, key) "
+                    "(--ca, --certificate, --key)")
 
 
 def _check_open(address: str, insecure: bool) -> None:
@@ -108,8 +113,8 @@ def connect(url: str, *, timeout: float = 30.0, tls: TlsFiles | None = None,
         EINVAL: no such URL.
     MigrationError
         EPERM: in the clear over a network.  EHOSTUNREACH, ECONNREFUSED, ENOENT, ETIMEDOUT ...: nobody is there.
-        EKEYREJECTED: a certificate was refused.  ENOTSOCK, EPROTOTYPE, ENOTCONN, EBADF: not such a
-        descriptor.
+        ENAMETOOLONG: the path.  EKEYREJECTED: a certificate was refused.  ENOTSOCK, EPROTOTYPE, ENOTCONN, EBADF: not
+        such a descriptor.
     """
     where = _parse(url)
     _check_tls(where.scheme, tls)
@@ -332,4 +337,7 @@ def listen(url: str, *, timeout: float = 30.0, tls: TlsFiles | None = None, inse
         return Listener(sock, where, timeout, tls)
     except OSError as exc:
         sock.close()
-        raise _failed(exc, f"can't listen on {url}: {exc.strerror or exc}") from None
+        hint = f"can't listen on {url}: {exc.strerror or exc}"
+        if family == socket.AF_UNIX and exc.errno == errno.EADDRINUSE:
+            hint += "; remove the file if nobody listens there any more"
+        raise _failed(exc, hint) from None
