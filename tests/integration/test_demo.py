@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from vfiodma.cli.demo_destination import Destination
+from vfiodma.cli import main
+from vfiodma.cli.destination import Destination
 from vfiodma.errors import ProtocolError, VfioError
 from vfiodma.migration.stream import Hello
 
@@ -92,10 +94,14 @@ def test_when_one_process_is_killed_the_other_ends_with_status_1_and_claims_noth
     (["--size", "4K"], "at least 1M"),
     (["--size", "1000T"], "of memory are available"),
     (["--size", "16M", "--working-set", "17M"], "at most the memory's"),
+    (["--size", "9" * 400], "is too much"),
+    (["--rate", "9000000T"], "is too much"),
+    (["--seed", str(1 << 63)], "Invalid value for '--seed'"),
     (["--image", "/does/not/exist"], "does not exist"),
     (["--devices", "0"], "Invalid value for '--devices'"),
     (["--downtime", "0"], "Invalid value for '--downtime'"),
     (["--plot", "/does/not/exist/a.png"], "no directory"),
+    (["--plot", "a.gift"], "a.gift is none of *.png"),
 ])
 def test_options_that_can_not_be_are_refused_at_once(options, words):
     done = demo(*options)
@@ -145,3 +151,18 @@ def test_devices_without_state_and_other_memory_are_refused():
         destination.take_state("0000:00:10.0", b'{"rate": 1, "seed": 1}')
         with pytest.raises(VfioError, match="damaged, or of another device"):
             destination.get_ready()
+
+
+def test_ctrl_c_while_modules_are_imported_is_status_130():
+    with mock.patch("vfiodma.cli._app", side_effect=KeyboardInterrupt), pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+
+
+def test_ctrl_c_at_a_terminal_ends_both_processes_without_a_word():
+    source = subprocess.Popen([sys.executable, "-m", "vfiodma", "demo", *SMALL], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT, start_new_session=True)
+    source.stdout.readline()                    # the destination may still be starting
+    os.killpg(source.pid, signal.SIGINT)
+    _, errors = source.communicate(timeout=30)  # which ends when the destination has closed them as well
+    assert source.returncode == 130 and not errors, errors

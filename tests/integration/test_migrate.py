@@ -11,8 +11,11 @@ import time
 import pytest
 from postcopy_pair import skip_unless_permitted
 
+from vfiodma.migration.events import Broken, PostcopyBegun, Resumed, Throttled, summary
+
 VFIODMA = [sys.executable, "-m", "vfiodma", "migrate"]
 pytest.importorskip("typer")
+from vfiodma.cli.migrate import _words  # noqa: E402
 
 
 @pytest.fixture
@@ -38,10 +41,32 @@ def run(*arguments):
 
 
 def objects(text):
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]     # no Infinity, no NaN
 
 
 SMALL = ["--size", "8M", "--working-set", "1M", "--rate", "8M"]
+
+
+def test_for_people_events_are_lines_in_words(runtime):
+    url = f"unix:{runtime}/guest"
+    with started("serve", url, "--run-for", "0.1") as there:
+        there.stdout.readline()
+        sent = run("send", url, *SMALL)
+        assert sent.returncode == 0, sent.stderr
+        assert there.wait(30) == 0
+    assert re.search("^forecast: .*limit", sent.stdout, re.MULTILINE) and "event" not in sent.stdout, sent.stdout
+
+
+@pytest.mark.parametrize("event, words", [
+    (Broken(OSError("cut")), "trying to get another: cut"), (Resumed(2, 3000), "3,000 pages go again"),
+    (Throttled(0.25), "slowed down by 25%"), (PostcopyBegun(5, "why"), "5 pages follow: why"),
+])
+def test_rare_events_have_words_too(event, words):
+    assert words in _words(event)
+
+
+def test_a_number_that_json_can_not_have_is_none():
+    assert summary(Throttled(float("inf"))) == {"event": "throttled", "share": None}
 
 
 @pytest.mark.parametrize("options", [[], ["--channels", "2", "--compression", "auto"]])
@@ -106,13 +131,41 @@ def test_a_source_that_is_killed_leaves_a_destination_that_never_runs_the_guest(
     (["send", "tcp://192.0.2.1:9", *SMALL], "in the clear"),
     (["send", "unix:/nowhere/socket", *SMALL, "--checksum", "md5"], "a checksum is"),
     (["serve", "unix:/nowhere/socket"], "/nowhere/socket"),
-    (["serve", "tls://127.0.0.1:0"], "certificates"),
+    (["send", "unix:/" + "x" * 107, *SMALL], "at most 107 bytes"),
+    (["serve", "tls://127.0.0.1:0"], "--certificate"),
+    (["serve", "unix:/nowhere/socket", "--checksum", "md5"], "a checksum is"),
+    (["serve", "unix:/nowhere/socket", "--compression", "rar"], "a compression is"),
     (["status", "/nowhere/socket"], "no migration answers"),
     (["cancel", "/nowhere/socket"], "no migration answers"),
 ])
 def test_what_can_not_be_is_one_line_and_status_1(runtime, arguments, words):
     done = run(*arguments)
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["send", "unix:/nowhere/socket", *SMALL, "--plot", "/nowhere/a.png"], "no directory /nowhere"),
+    (["send", "unix:/nowhere/socket", "--bandwidth", "fast"], "Invalid value for '--bandwidth'"),
+    (["send", "unix:/nowhere/socket", *SMALL, "--journal", "/nowhere/journal"], "no directory /nowhere"),
+    (["serve", "unix:/nowhere/socket", "--journal", "/nowhere/journal"], "no directory /nowhere"),
+])
+def test_options_that_can_not_be_are_refused_before_anybody_connects(runtime, arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_a_port_that_was_chosen_and_a_socket_that_is_taken_are_told(runtime):
+    with started("serve", "tcp://127.0.0.1:0") as there:
+        assert re.match(r"waiting at tcp://127\.0\.0\.1:[1-9]\d* ", there.stdout.readline())
+    (runtime / "guest").touch()
+    done = run("serve", f"unix:{runtime}/guest")
+    assert done.returncode == 1 and "remove the file if nobody listens" in done.stderr
+
+
+def test_a_folder_for_sockets_that_can_not_be_made_comes_with_the_remedy(runtime, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime / "nowhere"))
+    done = run("status")
+    assert done.returncode == 1 and "set XDG_RUNTIME_DIR" in done.stderr
 
 
 def test_somebody_elses_folder_is_not_trusted(runtime):
@@ -122,12 +175,13 @@ def test_somebody_elses_folder_is_not_trusted(runtime):
     assert done.returncode == 1 and "XDG_RUNTIME_DIR" in done.stderr
 
 
-def test_a_guest_that_writes_too_fast_goes_on_there_before_its_memory_has_come(runtime):
+@pytest.mark.parametrize("rounds", ["0", "1"])
+def test_a_guest_that_writes_too_fast_goes_on_there_before_its_memory_has_come(runtime, rounds):
     skip_unless_permitted()
     url = f"unix:{runtime}/guest"
     with started("serve", url, "--json", "--run-for", "0.2", "--postcopy") as there:
         assert json.loads(there.stdout.readline())["event"] == "listening"
-        sent = run("send", url, *SMALL, "--json", "--postcopy-after", "1", "--downtime", "1", "--bandwidth", "50M")
+        sent = run("send", url, *SMALL, "--json", "--postcopy-after", rounds, "--downtime", "1", "--bandwidth", "50M")
         assert sent.returncode == 0, sent.stderr
         out, err = there.communicate(timeout=30)
         assert there.returncode == 0, err

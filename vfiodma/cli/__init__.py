@@ -46,10 +46,12 @@ def _app(names):
 
 
 def main() -> None:
-    """Run ``vfiodma``; a failure ends with its message and status 1, a missing extra with status 2."""
+    """Run ``vfiodma``; a failure ends with its message and status 1, a missing extra with status 2, Ctrl-C with 130."""
     asked = [word for word in sys.argv[1:2] if word in COMMANDS]
     try:
         _app(asked or list(COMMANDS))()
+    except KeyboardInterrupt:       # while modules are imported; typer takes the others
+        sys.exit(130)
     except MissingExtraError as exc:
         print(f"vfiodma: {exc}", file=sys.stderr)
         sys.exit(2)

@@ -12,7 +12,7 @@ import typer
 
 from .._core.bitmap import cpu_variant
 from .bench_parts import everything
-from .demo import parse_size
+from .demo import check_size
 from .measure import Comparison
 from .probe import amount
 
@@ -41,14 +41,11 @@ def row(comparison: Comparison) -> list[str]:
 
 
 def bench(
-    size: Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Memory that is moved.")] = "256M",   # type: ignore[assignment]
+    size: Annotated[int, typer.Option(parser=check_size, metavar="SIZE", help="Memory that is moved.")] = "256M",   # type: ignore[assignment]
     turns: Annotated[int, typer.Option(min=3, max=1000, help="Times that each is measured.")] = 15,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure this library beside what would be used instead, in turn, in one run; ratios are what counts."""
-    if not _fits(size):
-        raise typer.BadParameter(f"two times {amount(size)} do not fit into the memory that is available",
-                                 param_hint="--size")
     about = machine()
     if as_json:
         print(json.dumps({"machine": about, "results": [part.summary() for part in everything(size, turns)]}, indent=2))
@@ -71,7 +68,3 @@ def bench(
                   flush=True)
     print("ratio: how many times faster, the median of turns; below 1 = that share of the peer's speed\n"
           "migrations are timed by the wall clock, all else by the CPU of its thread")
-
-
-def _fits(size: int) -> bool:
-    return size >= 1 << 20 and size % 4096 == 0 and 2 * size + (256 << 20) <= psutil.virtual_memory().available

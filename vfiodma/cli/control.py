@@ -25,11 +25,16 @@ def folder() -> Path:
     ------
     DmaPermissionError
         EPERM: somebody else owns it.
+    VfioError
+        It can't be made.
     """
     base = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(base) / "vfiodma" if base else Path(f"/tmp/vfiodma-{os.getuid()}")
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as exc:
+        hint = f"{path} can't be made: set XDG_RUNTIME_DIR to a folder of this user's"
+        raise error(exc.errno or errno.EIO, "control", hint=hint) from None
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise error(errno.EPERM, "control", hint=f"{path} is not a folder of this user's alone: set XDG_RUNTIME_DIR")

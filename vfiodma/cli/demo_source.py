@@ -55,10 +55,14 @@ def destination(settings: Settings) -> Iterator[tuple[subprocess.Popen, SocketTr
         with there:
             command = [sys.executable, "-m", "vfiodma.cli.demo_destination", str(there.fileno()), str(settings.size)]
             child = subprocess.Popen(command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL,
-                                     stdout=subprocess.PIPE, text=True)
+                                     stdout=subprocess.PIPE, text=True,
+                                     process_group=0)       # Ctrl-C is for this process, which ends the other one
         with child:
             try:
                 yield child, transport
+            except KeyboardInterrupt:
+                child.kill()
+                raise
             finally:
                 transport.close()
                 try:

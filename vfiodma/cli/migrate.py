@@ -14,20 +14,33 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from ..errors import MigrationError, MissingExtraError, VfioError
+from ..errors import MigrationError, VfioError
 from ..memory import GuestMemory
 from ..migration import Migration, MigrationResult, PageReceiver, Postcopy, stream
 from ..migration.compression import offer
-from ..migration.events import Event, PostcopyDone, PostcopyProgress, Progress, Round, Stage, summary
+from ..migration.events import (
+    Broken,
+    Event,
+    PostcopyBegun,
+    PostcopyDone,
+    PostcopyProgress,
+    Progress,
+    Resumed,
+    Round,
+    Stage,
+    Throttled,
+    summary,
+)
 from ..migration.handover import Journal
 from ..migration.joining import accept_good
 from ..migration.stream import Phase
 from ..migration.transport import TlsFiles, listen
 from . import control
-from .demo import check_size, check_working_set, parse_size
+from .demo import Seed, check_size, check_working_set, parse_size
 from .demo_report import Lines, Screen, Silent, milliseconds, rate
 from .destination import Destination
 from .guest import Guest, Workload, fill, image_files
+from .plot import check_plot, plot_migration
 from .probe import amount
 
 _HEADROOM = 256 << 20
@@ -59,12 +72,18 @@ def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> TlsFile
     return TlsFiles(str(ca), str(certificate), str(key))
 
 
+def _journal(path: Path | None) -> Journal | None:
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no directory {path.parent}", param_hint="--journal")
+    return None if path is None else Journal(path)
+
+
 class JsonLines(Silent):
     """One JSON object for each event."""
 
 
 class Status:
-    """What is known of a migration, for ``status."""
+    """What is known of a migration, for ``status``."""
 
     def __init__(self, role: str, url: str) -> None:
         self._lock = threading.Lock()
@@ -95,6 +114,21 @@ class Status:
             return {**self._known, "seconds": time.monotonic() - self._began}
 
 
+def _words(event: Event) -> str:
+    """Return an event as a line for people."""
+    match event:
+        case Broken():
+            return f"the connection broke, trying to get another: {event.error}"
+        case Resumed():
+            return f"another connection: {event.epochs} rounds are there, {event.again:,} pages go again"
+        case Throttled():
+            return f"the guest is slowed down by {event.share:.0%}"
+        case PostcopyBegun():
+            return f"the guest runs at the destination, {event.pages:,} pages follow: {event.reason}"
+        case _:
+            return f"forecast: {event}"
+
+
 def send(
     url: Url,
     size: Annotated[int, typer.Option(parser=check_size, metavar="SIZE", help="Guest memory.")] = "256M",   # type: ignore[assignment]
@@ -103,12 +137,13 @@ def send(
     devices: Annotated[int, typer.Option(min=1, max=64, help="Devices that write.")] = 2,
     write_rate: Annotated[int, typer.Option("--rate", parser=parse_size, metavar="SIZE", help=(
         "Bytes a second of each."))] = "32M",      # type: ignore[assignment]
-    working_set: Annotated[str | None, typer.Option(metavar="SIZE", help=(
+    working_set: Annotated[int | None, typer.Option(parser=parse_size, metavar="SIZE", help=(
         "Where each writes; by default 64M, or a quarter of the memory."), show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the devices' writes; by default random.")] = None,
+    seed: Seed = None,
     downtime: Annotated[float, typer.Option(min=1, help="Limit of the downtime, in milliseconds.")] = 300.0,
     max_rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds with running devices.")] = 16,
-    bandwidth: Annotated[str | None, typer.Option(metavar="SIZE", help="Bytes a second, at most.")] = None,
+    bandwidth: Annotated[int | None, typer.Option(parser=parse_size, metavar="SIZE", help=(
+        "Bytes a second, at most."))] = None,
     channels: Channels = 1,
     checksum: Checksum = "auto",
     compression: Annotated[str, typer.Option(help="none, auto, zstd or lz4")] = "none",
@@ -124,14 +159,14 @@ def send(
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE.png", help="Draw the convergence.")] = None,
 ) -> None:
-    """Move a guest, whose devices write on, to vfiodma migrate serve``."""
+    """Move a guest, whose devices write on, to vfiodma migrate serve."""
     workload = Workload(size, image, devices, write_rate, check_working_set(working_set, size),
                         secrets.randbelow(1 << 32) if seed is None else seed)
     stream.offer(checksum)              # said before the work, not after it
     offer(compression)
+    record = _journal(journal)
     options = {"tls": _tls(ca, certificate, key), "insecure": insecure, "timeout": timeout}
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("matplotlib", "plot")
+    check_plot(plot)
     screen = sys.stdout.isatty() and not as_json and importlib.util.find_spec("rich") is not None
     status = Status("source", url)
     with (JsonLines() if as_json else Screen() if screen else Lines()) as report, \
@@ -150,7 +185,7 @@ def send(
                 elif isinstance(event, Stage):
                     report.stage(_STAGES[event.name])
                 elif not isinstance(event, MigrationResult | PostcopyProgress | PostcopyDone):
-                    report.done(", ".join(f"{name} {value}" for name, value in summary(event).items()))
+                    report.done(_words(event))
 
             guest.writers.resume()
             migration = Migration(
@@ -158,8 +193,8 @@ def send(
                 transport_options=options, downtime_limit=downtime / 1e3, max_rounds=max_rounds, checksum=checksum,
                 compression=compression, channels=channels, reconnect_timeout=reconnect,
                 share_memory=share, postcopy=Postcopy(postcopy_after) if postcopy_after is not None else postcopy,
-                bandwidth_limit=None if bandwidth is None else float(parse_size(bandwidth)),
-                journal=None if journal is None else Journal(journal))
+                bandwidth_limit=None if bandwidth is None else float(bandwidth),
+                journal=record)
 
             def cancel() -> dict[str, Any]:
                 migration.cancel()
@@ -175,8 +210,6 @@ def send(
                         f"downtime {milliseconds(result.downtime)} of {milliseconds(downtime / 1e3)}, predicted "
                         f"{milliseconds(result.predicted_downtime)}; {guest.dma['writes']:,} DMA writes meanwhile")
     if plot is not None:
-        from .plot import plot_migration
-
         plot_migration(asdict(result), plot, title=f"{amount(size)} of memory moved while {devices} devices write")
 
 
@@ -199,11 +232,15 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Take one guest that vfiodma migrate send moves here, and let its devices go on."""
+    stream.offer(checksum)              # said before the wait, not after it
+    offer(compression)
+    record = _journal(journal)
     status = Status("destination", url)
     size = most or max(psutil.virtual_memory().available * 3 // 4 - _HEADROOM, 1 << 20)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(listen(url, timeout=timeout, tls=_tls(ca, certificate, key), insecure=insecure))
-        _say(as_json, {"event": "listening", "url": url, "most": size}, f"waiting at {url} for {amount(size)} at most")
+        _say(as_json, {"event": "listening", "url": listener.url, "most": size},
+             f"waiting at {listener.url} for {amount(size)} at most")
         here = stack.enter_context(contextlib.closing(Destination(size, at_most=True)))
         transport = stack.enter_context(contextlib.closing(accept_good(listener.accept, time.monotonic() + wait)))
         status.update(stage="receiving")
@@ -215,8 +252,7 @@ def serve(
 
         receiver = stack.enter_context(PageReceiver(
             transport, here.make_memory, fresh=True, accept=listener.accept, channels=channels,
-            checksum=checksum,
-            compression=compression, journal=None if journal is None else Journal(journal),
+            checksum=checksum, compression=compression, journal=record,
             on_state=here.take_state, on_prepare=here.prepare, on_switch=here.get_ready,
             take_memory=here.take_memory, postcopy=postcopy, on_postcopy=on_postcopy))
 

@@ -1,6 +1,10 @@
 """Pictures of a migration, and of a dirty trace."""
+import importlib.util
+import os
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from ..errors import MissingExtraError
 from ..migration.trace import Trace
@@ -12,6 +16,22 @@ _RUNNING, _STOPPED, _BANDWIDTH, _DIRTY = "#2f6fb0", "#d1495b", "#2a9d8f", "#e08e
 _PARTS = (("stop", "stop", "#7b6ca8"), ("scan", "scan", "#4c9fd1"), ("send", "send", _RUNNING),
           ("device_state", "device state", _BANDWIDTH), ("acknowledgement", "acknowledgement", "#e9c46a"),
           ("apply", "apply", _DIRTY), ("start", "start", _STOPPED))
+_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+
+
+def check_plot(plot: Path | None) -> None:
+    """Say before the work, not after it, what keeps a picture from being drawn: BadParameter, or MissingExtraError."""
+    if plot is None:
+        return
+    if plot.suffix.lower() not in _SUFFIXES:
+        raise typer.BadParameter(f"{plot.name} is none of {', '.join('*' + suffix for suffix in _SUFFIXES)}",
+                                 param_hint="--plot")
+    if not plot.parent.is_dir():
+        raise typer.BadParameter(f"there is no directory {plot.parent}", param_hint="--plot")
+    if not os.access(plot if plot.exists() else plot.parent, os.W_OK):
+        raise typer.BadParameter(f"{plot} can't be written", param_hint="--plot")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "plot")
 
 
 def _figure(width: float, height: float) -> Any:

@@ -1,7 +1,6 @@
 """``vfiodma trace``: record which pages a guest writes, look at it, and play it against a link."""
 import importlib.util
 import json
-import math
 import secrets
 import sys
 from dataclasses import asdict
@@ -14,13 +13,15 @@ from ..errors import MissingExtraError
 from ..memory import GuestMemory
 from ..migration import DirtyTracker
 from ..migration.convergence import Costs, Policy, Step
+from ..migration.events import finite
 from ..migration.layout import MemoryLayout
 from ..migration.replay import Replay, replay
 from ..migration.trace import Trace, TraceRecorder
 from ..migration.trace_file import read_trace, write_trace
-from .demo import check_size, check_working_set, parse_size
+from .demo import Seed, check_size, check_working_set, parse_size
 from .demo_report import milliseconds, rate
 from .guest import Guest, Workload
+from .plot import check_plot, plot_migration, plot_trace
 from .probe import amount
 
 _ROWS = 20                  # of a table over time
@@ -29,13 +30,6 @@ _SPANS = (0.001, 0.01, 0.1, 1.0, 10.0)
 TraceFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, metavar="FILE")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Plot = Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE.png", help="Draw it.")]
-
-
-def _check_plot(plot: Path | None) -> None:
-    if plot is not None and not plot.parent.is_dir():
-        raise typer.BadParameter(f"there is no directory {plot.parent}", param_hint="--plot")
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:     # said before the work, not after it
-        raise MissingExtraError("matplotlib", "plot")
 
 
 def _table(title: str, headings: list[str], rows: list[list[str]]) -> None:
@@ -57,17 +51,8 @@ def _table(title: str, headings: list[str], rows: list[list[str]]) -> None:
         print("  ".join(f"{value:>{width}}" for value, width in zip(row, widths, strict=True)))
 
 
-def _finite(value: Any) -> Any:
-    """The value as JSON can have it: no number in place of an infinite one."""
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def record(
-    path: Annotated[Path | None, typer.Argument(dir_okay=False, metavar="[FILE]", help=(
+    path: Annotated[Path | None, typer.Argument(dir_okay=False, metavar="FILE", help=(
         "FILE.parquet, or anything else for JSON lines; by default trace.parquet, or trace.jsonl without pyarrow."),
         show_default=False)] = None,
     seconds: Annotated[float, typer.Option(min=0.01, max=86400, help="How long.")] = 10.0,
@@ -76,9 +61,9 @@ def record(
     devices: Annotated[int, typer.Option(min=1, max=64, help="Devices that write.")] = 2,
     write_rate: Annotated[int, typer.Option("--rate", parser=parse_size, metavar="SIZE", help=(
         "Bytes a second of each."))] = "32M",      # type: ignore[assignment]
-    working_set: Annotated[str | None, typer.Option(metavar="SIZE", help=(
+    working_set: Annotated[int | None, typer.Option(parser=parse_size, metavar="SIZE", help=(
         "Where each writes; by default 64M, or a quarter of the memory."), show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the devices' writes; by default random.")] = None,
+    seed: Seed = None,
     as_json: Json = False,
 ) -> None:
     """Record the writes of a guest of software devices; a TraceRecorder does it for any other."""
@@ -113,7 +98,7 @@ def _summary(trace: Trace) -> dict[str, Any]:
         "size": trace.npages * trace.pgsize, "seconds": trace.seconds, "intervals": len(trace), "runs": len(trace.runs),
         "unique_pages": trace.unique(0.0, trace.seconds), "most_pages": int(pages.max()),
         "dirty_rate": float(pages.sum()) * trace.pgsize / trace.seconds,
-        "fit": _finite({"rate": fitted.rate, "working_set": fitted.size}),
+        "fit": finite({"rate": fitted.rate, "working_set": fitted.size}),
         "unique_bytes": {f"{span:g}": round(sum(trace.unique(at, at + span) for at in starts) / len(starts)
                                             * trace.pgsize) for span in lengths},
     }
@@ -130,7 +115,7 @@ def _over_time(trace: Trace) -> list[dict[str, Any]]:
 
 def show(path: TraceFile, as_json: Json = False, plot: Plot = None) -> None:
     """Show how fast a traced guest writes, and into how much memory."""
-    _check_plot(plot)
+    check_plot(plot)
     trace = read_trace(path)
     found, rows = _summary(trace), _over_time(trace)
     if as_json:
@@ -149,14 +134,12 @@ def show(path: TraceFile, as_json: Json = False, plot: Plot = None) -> None:
             [f"{row['seconds']:.2f} s", f"{row['pages']:,}", rate(row["dirty_rate"]),
              amount(row["unique_pages"] * trace.pgsize)] for row in rows])
     if plot is not None:
-        from .plot import plot_trace
-
         plot_trace(trace, plot)
 
 
 def play(
     path: TraceFile,
-    bandwidth: Annotated[list[str], typer.Option("--bandwidth", "-b", metavar="SIZE", help=(
+    bandwidth: Annotated[list[int], typer.Option("--bandwidth", "-b", parser=parse_size, metavar="SIZE", help=(
         "Bytes a second of the link; several for a comparison."))],
     downtime: Annotated[float, typer.Option(min=0.01, help="Limit of the downtime, in milliseconds.")] = 300.0,
     downtime_max: Annotated[float, typer.Option(min=0, help="The limit may rise to this; 0 = it stays.")] = 0.0,
@@ -166,18 +149,19 @@ def play(
     throttle_max: Annotated[float, typer.Option(min=0, max=0.99, help="How far the guest may be slowed down.")] = 0.0,
     latency: Annotated[float, typer.Option(min=0, help="Milliseconds of an acknowledgement.")] = 0.2,
     stop: Annotated[float, typer.Option(min=0, help="Milliseconds that devices take to stop.")] = 2.0,
-    device_state: Annotated[str, typer.Option(metavar="SIZE", help="Bytes of device state in the downtime.")] = "0",
+    device_state: Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help=(
+        "Bytes of device state in the downtime."))] = "0",      # type: ignore[assignment]
     start: Annotated[float, typer.Option(min=0, help="Seconds into the trace.")] = 0.0,
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE.png", help=(
         "Draw the convergence at the first bandwidth."))] = None,
 ) -> None:
     """Predict rounds, bytes and downtime of a traced guest's migration over a link."""
-    _check_plot(plot)
+    check_plot(plot)
     policy = Policy(downtime / 1e3, max_rounds, downtime_max / 1e3, timeout=timeout, on_timeout=on_timeout,
                     throttle_max=throttle_max)
-    costs = Costs(stop=stop / 1e3, device_bytes=parse_size(device_state))
-    links = [float(parse_size(text)) for text in bandwidth]
+    costs = Costs(stop=stop / 1e3, device_bytes=device_state)
+    links = [float(link) for link in bandwidth]
     if not all(links):
         raise typer.BadParameter("nothing moves over a link of 0 bytes a second", param_hint="--bandwidth")
     trace = read_trace(path)
@@ -196,8 +180,6 @@ def play(
             if one.laps > 1:
                 print(f"{rate(one.bandwidth)}: longer than the trace, which was played {one.laps:.1f} times")
     if plot is not None:
-        from .plot import plot_migration
-
         plot_migration(asdict(found[0].result), plot, pgsize=trace.pgsize,
                        title=f"{amount(trace.npages * trace.pgsize)} replayed at {rate(links[0])}")
 
@@ -219,4 +201,4 @@ def _show_rounds(one: Replay, trace: Trace) -> None:
 def _as_dict(one: Replay) -> dict[str, Any]:
     values = asdict(one)
     values["step"], values["within_limit"] = one.step.value, one.within_limit
-    return _finite(values)
+    return finite(values)

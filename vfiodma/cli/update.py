@@ -19,7 +19,7 @@ from ..address_space import IoAddressSpace
 from ..devices.dma_writer import DmaWriter
 from ..liveupdate import HandoffTimes, VaddrHandoff, receive_memory, send_memory
 from ..memory import GuestMemory
-from .demo import parse_size
+from .demo import Seed, check_size, parse_size
 from .guest import Writers, addresses
 from .probe import amount
 
@@ -29,20 +29,13 @@ _BATCH = 1024
 _STEPS = ("invalidate", "remap", "unmap", "restore")
 
 
-def _check_size(text: str) -> int:
-    size = parse_size(text)
-    if size < 1 << 20 or size % _PAGE:
-        raise typer.BadParameter(f"{text} is {size} bytes: at least 1M, in whole pages of {_PAGE} bytes")
-    return size
-
-
 def update(
-    size: Annotated[int, typer.Option(parser=_check_size, metavar="SIZE", help="Guest memory.")] = "256M",     # type: ignore[assignment]
+    size: Annotated[int, typer.Option(parser=check_size, metavar="SIZE", help="Guest memory.")] = "256M",     # type: ignore[assignment]
     mappings: Annotated[int, typer.Option(min=1, max=1 << 20, help="Pieces that it is mapped in.")] = 10_000,
     devices: Annotated[int, typer.Option(min=1, max=64, help="Devices that write.")] = 2,
     rate: Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Bytes a second of each.")] = "32M",    # type: ignore[assignment]
     times: Annotated[int, typer.Option(min=1, max=1000, help="Updates, one after another.")] = 5,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the devices' writes; by default random.")] = None,
+    seed: Seed = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Move memory to other addresses under devices that write, and hand it to another process; compare every byte."""
@@ -136,7 +129,8 @@ def _other_process() -> Iterator[tuple[socket.socket, "subprocess.Popen[bytes]"]
             code = f"from vfiodma.cli.update import other_process; other_process({theirs.fileno()})"
             path = [entry for entry in sys.path if entry] + [os.getcwd()]
             child = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                                     env={**os.environ, "PYTHONPATH": os.pathsep.join(path)}, stdout=subprocess.PIPE)
+                                     env={**os.environ, "PYTHONPATH": os.pathsep.join(path)}, stdout=subprocess.PIPE,
+                                     process_group=0)       # Ctrl-C is for this process, which ends the other one
         with child:
             try:
                 yield ours, child

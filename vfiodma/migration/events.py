@@ -1,4 +1,5 @@
 """What a migration tells while it runs."""
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,10 +117,19 @@ Event = (Progress | Round | Stage | Broken | Resumed | Throttled | Forecast | Po
          | PostcopyDone | MigrationResult)
 
 
+def finite(value: Any) -> Any:
+    """Return a value as JSON can have it: None in place of a number that is infinite, or none."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def summary(event: Event) -> dict[str, Any]:
-    """Return an event as a dict for JSON, its kind under ``"event"``."""
+    """Return an event as a dict for JSON, its kind under ``"event"``; an infinite number is None."""
     from dataclasses import asdict
 
     values = {name: value if isinstance(value, int | float | str | list | tuple | dict | None) else str(value)
               for name, value in (asdict(event) if not isinstance(event, Broken) else {"error": event.error}).items()}
-    return {"event": type(event).__name__.lower(), **values}
+    return {"event": type(event).__name__.lower(), **finite(values)}
