@@ -399,3 +399,8 @@ def test_a_dropped_software_vfio_leaves_no_descriptor_and_no_locked_memory():
     use()
     gc.collect()
     assert set(os.listdir("/proc/self/fd")) == before and locked_pages() == locked
+
+
+def test_groups_that_are_none_are_refused_in_words():
+    with pytest.raises(TypeError, match="SoftwareGroup"):
+        SoftwareVfio(groups=["0000:00:10.0"])

@@ -443,8 +443,13 @@ def test_an_address_space_works_over_windows():
                 ioas.map(memory, 3 << 30)
             ioas.unmap(mapping.iova)
             assert container.windows == [Window(0, 2 << 30, 12, 1)]
+            for shift, size in ((13, 1 << 30), (16, 12345)):
+                with pytest.raises(InvalidArgumentError, match="page_shift is one of 12, 16, 24, size a power of two"):
+                    container.create_window(shift, size)
             second = container.create_window(16, 1 << 40, 2)
             assert second.start == 1 << 59 and len(container.iova_ranges()) == 2
+            with pytest.raises(VfioError, match="2 of 2 windows: remove one"):
+                container.create_window(16, 1 << 30)
             container.remove_window(second.start)
             with pytest.raises(InvalidArgumentError):
                 container.remove_window(second.start)

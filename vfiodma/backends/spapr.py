@@ -201,10 +201,25 @@ class SpaprContainer(Descriptor):
         with self._lock:
             layout = abi.vfio_iommu_spapr_tce_create
             data = bytearray(layout.pack(argsz=layout.size, page_shift=page_shift, window_size=size, levels=levels))
-            self.ioctl(abi.VFIO_IOMMU_SPAPR_TCE_CREATE, data, "create_window")
+            try:
+                self.ioctl(abi.VFIO_IOMMU_SPAPR_TCE_CREATE, data, "create_window")
+            except ForkedError:
+                raise
+            except VfioError as exc:
+                raise error(exc.errno or errno.EIO, "create_window", None, size,
+                            exc.hint or self._window_hint(exc.errno)) from None
             window = Window(layout.unpack(data)["start_addr"], size, page_shift, levels)
             self.windows = sorted([*self.windows, window])
             return window
+
+    def _window_hint(self, number: int | None) -> str:
+        info = self.info()
+        if number == errno.EINVAL:
+            shifts = [str(shift) for shift in range(64) if info.pgsizes >> shift & 1]
+            return f"page_shift is one of {', '.join(shifts)}, size a power of two, levels 1 to {info.levels}"
+        if number == errno.ENOSPC:
+            return f"there are {len(self.windows)} of {info.max_windows} windows: remove one"
+        return _HINTS.get(number or 0, "")
 
     def remove_window(self, start: int) -> None:
         """Remove the window that begins at ``start``; EINVAL where there is none.

@@ -61,6 +61,9 @@ class SoftwareVfio:
         if kernel not in VERSIONS:
             raise ValueError(f"kernel is one of {', '.join(VERSIONS)}, not {kernel!r}")
         groups = [SoftwareGroup(0, ["0000:00:10.0"])] if groups is None else list(groups)
+        for group in groups:
+            if not isinstance(group, SoftwareGroup):
+                raise TypeError(f"groups are SoftwareGroup(number, devices), not {group!r}")
         if len({group.number for group in groups}) != len(groups):
             raise ValueError("two groups have the same number")
         if any(group.noiommu for group in groups) and not noiommu:
