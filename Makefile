@@ -51,7 +51,7 @@ endif
 test-c:
 	$(MAKE) --no-print-directory -C tests/c check
 
-# The longer profile: state machines of 100,000 steps each, a thousand kills, lines cut at every byte.
+# The longer profile: state machines of 100,000 steps each, a thousand kills of each side, lines cut at every byte.
 test-deep: build
 	VFIODMA_PROFILE=deep $(BIN)/python -m pytest --timeout=0 tests/property tests/stateful tests/conformance tests/faults $(PYTEST)
 

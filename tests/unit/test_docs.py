@@ -33,3 +33,13 @@ def test_links_between_documents_lead_somewhere():
             if not (document.parent / target).exists():
                 broken.append(f"{document.relative_to(ROOT)}: {target}")
     assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name)
+def test_diagrams_have_nothing_that_mermaid_takes_for_the_end_of_a_statement(document):
+    for diagram in re.findall(r"^```mermaid\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
+        kind = diagram.split()[0]
+        assert kind in ("flowchart", "sequenceDiagram", "stateDiagram-v2")
+        for line in re.sub('"[^"\n]*"', '""', diagram).splitlines():
+            assert kind == "flowchart" or not set(";#") & set(line), line
+            assert kind != "stateDiagram-v2" or line.count(":") <= 1, line

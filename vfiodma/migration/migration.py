@@ -98,7 +98,7 @@ class Migration:
             EINPROGRESS: the destination was given the guest, and did not answer: ``source.settle`` asks again.
         PostcopyError
             The guest is the destination's, which lacks pages: ``source.push`` goes on, ``source.close`` gives up.  Also
-            after HandoverError and ``source.settle``, and after whatever ``on_event`` raises, where ``source.switched``.
+            after HandoverError and ``source.settle``, and after what ``on_event`` raises, where ``source.switched``.
         """
         return self._run(self._on_event)
 
