@@ -49,14 +49,15 @@ class BandwidthLimit:
         rate = self._rate
         return None if rate is None else int(rate * _BURST)
 
-    def spend(self, nbytes: int, check: Callable[[], object], wait_for: Callable[[float], object] = time.sleep) -> None:
+    def spend(self, nbytes: int, check: Callable[[], object],
+              wait_for: Callable[[float], object] | None = None) -> None:
         """Wait until so many bytes may go; ``check`` is called at least every 50 ms, and may raise.
 
-        ``wait_for`` waits so many seconds, or until there is something to check.
+        ``wait_for`` waits so many seconds, or until there is something to check; by default it sleeps.
         """
         while (wait := self._try(nbytes)) > 0:
             check()
-            wait_for(min(wait, _NAP))
+            (wait_for or time.sleep)(min(wait, _NAP))
 
     def _try(self, nbytes: int) -> float:
         """Take the bytes, if the bucket is not in debt; else return how long it will be."""
