@@ -202,13 +202,16 @@ def send(
 
             with control.Control({"status": status.show, "cancel": cancel}):
                 result = migration.run()
+            nbytes, seconds = result.bytes, result.seconds
             if (late := result.postcopy) is not None:
+                nbytes, seconds = nbytes + late.bytes, seconds + late.seconds
                 report.done(f"{late.pages + late.zero_pages:,} pages came after that, in {late.seconds:.2f} s; "
                             f"{late.faults:,} were waited for, {milliseconds(late.fault_median)} each (median), "
                             f"{milliseconds(late.fault_max)} at most")
-            report.done(f"moved {amount(size)} in {result.seconds:.2f} s, {rate(result.bytes / result.seconds)}; "
-                        f"downtime {milliseconds(result.downtime)} of {milliseconds(downtime / 1e3)}, predicted "
-                        f"{milliseconds(result.predicted_downtime)}; {guest.dma['writes']:,} DMA writes meanwhile")
+            predicted = f", predicted {milliseconds(result.predicted_downtime)}" if result.predicted_downtime else ""
+            report.done(f"moved {amount(size)} in {seconds:.2f} s, {rate(nbytes / seconds)}; downtime "
+                        f"{milliseconds(result.downtime)} of {milliseconds(downtime / 1e3)}{predicted}; "
+                        f"{guest.dma['writes']:,} DMA writes meanwhile")
     if plot is not None:
         plot_migration(asdict(result), plot, title=f"{amount(size)} of memory moved while {devices} devices write")
 
