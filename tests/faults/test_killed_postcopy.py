@@ -124,7 +124,10 @@ def test_a_source_that_is_killed_is_a_loud_end_that_names_the_missing_pages(tmp_
             receiver.close(abandon=True)
 
 
-def test_a_destination_that_is_killed_leaves_a_source_that_says_so_and_never_runs(tmp_path, source):
+@pytest.mark.parametrize("paused", [True, False])
+@pytest.mark.parametrize("both", [True, False])
+def test_a_destination_that_is_killed_leaves_a_source_that_says_so_and_never_runs(tmp_path, source, both, paused):
+    """With its helper, or without: the helper notices."""
     machine = Machine()
     with listen(f"unix:{tmp_path}/guest", timeout=10.0) as listener:
         if not (pid := os.fork()):
@@ -133,11 +136,19 @@ def test_a_destination_that_is_killed_leaves_a_source_that_says_so_and_never_run
                 receiver.serve()
                 while receiver.missing == sum(PAGES):       # until the source knows
                     time.sleep(0.01)
-                os.kill(receiver._missing._pid, signal.SIGKILL)
+                if both:
+                    os.kill(receiver._missing._pid, signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
+
+        def on_event(event):
+            if isinstance(event, PostcopyBegun):
+                listener.close()
+            if isinstance(event, PostcopyProgress) and paused:
+                migration.pause()
+
         migration = Migration(f"unix:{tmp_path}/guest", source, machine, tracker=LogTracker, postcopy=Postcopy(0),
                               bandwidth_limit=1e6, reconnect_timeout=0.2,
-                              on_event=lambda event: listener.close() if isinstance(event, PostcopyBegun) else None)
+                              on_event=on_event)
         with pytest.raises(PostcopyError, match="the guest is the destination's") as caught:
             migration.run()
         os.waitpid(pid, 0)

@@ -202,8 +202,10 @@ class MissingMemory:
             monitor = threading.Thread(target=self._watch, name="vfiodma-postcopy", daemon=True)
             monitor.start()
             self._monitor = monitor
-        except (OSError, RuntimeError) as exc:
+        except BaseException as exc:
             self._end_helper()
+            if not isinstance(exc, OSError | RuntimeError):
+                raise
             raise error(getattr(exc, "errno", None) or errno.EAGAIN, "postcopy", hint="a helper process is needed, and "
                         "threads and descriptors to watch it") from exc
 
