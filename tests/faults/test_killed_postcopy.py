@@ -156,29 +156,33 @@ def test_a_destination_that_is_killed_leaves_a_source_that_says_so_and_never_run
     migration.source.close()
 
 
-@pytest.mark.parametrize("alias", [True, False])
-@pytest.mark.parametrize("before", [True, False])
-def test_a_helper_that_is_killed_is_a_loud_end_for_a_thread_that_waits_with_the_gil(before, alias):
+@pytest.mark.parametrize(("before", "alias", "dropped"), [
+    (True, False, False), (True, True, False), (False, False, False), (False, True, True)])
+def test_a_helper_that_is_killed_is_a_loud_end_for_a_thread_that_waits_with_the_gil(before, alias, dropped):
     """Of its process: nothing in there could wake it, and nobody may read zeros."""
     skip_unless_permitted()
     stderr, write = os.pipe()
     if not (pid := os.fork()):
-        os.dup2(write, 2)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        faulthandler.disable()
-        with GuestMemory.memfd(8 * PAGE) as memory, memory.region.remap() as other:
-            left = DirtyBitmap(8)
-            left.set(2, 4)
-            pages = MissingPages(memory.region.vaddr, memory.size, left, aliases=[(other.vaddr, 0, 8)])
-            heard, told = os.pipe()
-            if not (helper := os.fork()):
-                os.write(told, b"x" if not before else b"%d" % pages.next(10)[0])
-                os.kill(os.getpid(), signal.SIGKILL)
-            pages.guard(os.pidfd_open(helper))
-            if not before:
-                os.read(heard, 1)
-                os.waitpid(helper, 0)
-            (other if alias else memory.region).view()[3 * PAGE:3 * PAGE + 4].tobytes()
+        try:
+            os.dup2(write, 2)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            faulthandler.disable()
+            with GuestMemory.memfd(8 * PAGE) as memory, memory.region.remap() as other:
+                left = DirtyBitmap(8)
+                left.set(2, 4)
+                pages = MissingPages(memory.region.vaddr, memory.size, left, aliases=[(other.vaddr, 0, 8)])
+                heard, told = os.pipe()
+                if not (helper := os.fork()):
+                    os.write(told, b"x" if not before else b"%d" % pages.next(10)[0])
+                    os.kill(os.getpid(), signal.SIGKILL)
+                pages.guard(os.pidfd_open(helper))
+                if dropped:
+                    del pages
+                if not before:
+                    os.read(heard, 1)
+                    os.waitpid(helper, 0)
+                (other if alias else memory.region).view()[3 * PAGE:3 * PAGE + 4].tobytes()
+        finally:
             os._exit(0)
     os.close(write)
     status = os.waitpid(pid, 0)[1]

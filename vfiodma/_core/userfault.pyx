@@ -587,7 +587,8 @@ cdef class MissingPages:
                     os.close(fd)
 
     def __dealloc__(self):
-        guard_stop(self.watcher)
+        if self.watcher:        # never closed: who touches a missing page finds no zeros, also while the interpreter ends
+            return
         if self.uffd >= 0:
             os.close(self.uffd)
         free(self.words)
