@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+import vfiodma
 from vfiodma.cli import main
 from vfiodma.cli.destination import Destination
 from vfiodma.errors import ProtocolError, VfioError
@@ -24,6 +25,13 @@ SMALL = ["--size", "16M", "--working-set", "2M"]
 def demo(*options, script=("-m", "vfiodma")):
     return subprocess.run([sys.executable, *script, "demo", *map(str, options)], capture_output=True, text=True,
                           env=ENVIRONMENT, timeout=60, cwd=ROOT)
+
+
+def test_the_command_tells_its_version(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vfiodma", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code and capsys.readouterr().out == f"vfiodma {vfiodma.__version__}\n"
 
 
 def test_memory_is_equal_for_several_seeds_and_rates():

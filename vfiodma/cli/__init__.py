@@ -41,8 +41,19 @@ def _app(names):
         app.callback()(lambda: None)        # a lone command still has to be named
         return app
 
-    app = typer.Typer(name="vfiodma", help="DMA mapping and live migration over VFIO.", **options)
-    return fill(app, {name: COMMANDS[name] for name in names})
+    def show(wanted: bool) -> None:
+        if wanted:
+            from .. import __version__
+            print(f"vfiodma {__version__}")
+            raise typer.Exit
+
+    version = typer.Option(False, "--version", help="Show the version, and end.", is_eager=True, callback=show)
+    app = fill(typer.Typer(name="vfiodma", **options), {name: COMMANDS[name] for name in names})
+
+    @app.callback(help="DMA mapping and live migration over VFIO.")
+    def top(version: bool = version) -> None:
+        pass
+    return app
 
 
 def main() -> None:
