@@ -16,7 +16,7 @@ from vfiodma import DirtyBitmap, GuestMemory, IoAddressSpace, SoftwareGroup, ope
 from vfiodma._core.userfault import MissingPages
 from vfiodma.devices.dma_writer import DmaWriter
 from vfiodma.errors import PostcopyError
-from vfiodma.migration import Migration, PageReceiver
+from vfiodma.migration import Migration, PageReceiver, postcopy_destination
 from vfiodma.migration.events import PostcopyBegun, PostcopyProgress
 from vfiodma.migration.postcopy_source import Postcopy
 from vfiodma.migration.stream import Phase
@@ -188,4 +188,30 @@ def test_a_helper_that_is_killed_is_a_loud_end_for_a_thread_that_waits_with_the_
     status = os.waitpid(pid, 0)[1]
     with open(stderr) as words:
         assert "the helper process that places pages is gone" in words.read()
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGBUS, signal.SIGABRT)
+
+
+def test_a_lost_source_is_a_loud_end_where_a_thread_waits_with_the_gil(tmp_path, source, monkeypatch):
+    """Nobody in that process can be told of it."""
+    monkeypatch.setattr(postcopy_destination, "_HEARD", 0.2)
+    stderr, write = os.pipe()
+    with sending(tmp_path, source, bandwidth_limit=1e5) as (sender, listener):
+        if not (pid := os.fork()):
+            try:
+                os.dup2(write, 2)
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                faulthandler.disable()
+                with make_memory(False) as memory, PageReceiver(
+                        listener.accept(10), lambda _: memory, accept=listener.accept, postcopy=True) as receiver:
+                    assert receiver.serve(0.2) is Phase.OWNER
+                    os.kill(sender, signal.SIGKILL)
+                    for gpa, region in memory:
+                        memory.read(gpa, region.size)
+            finally:
+                os._exit(0)
+        os.close(write)
+        status = os.waitpid(pid, 0)[1]
+    with open(stderr) as words:
+        said = words.read()
+    assert "nobody here can be told" in said and "somebody touches the missing page" in said
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGBUS, signal.SIGABRT)

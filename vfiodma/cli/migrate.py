@@ -3,6 +3,7 @@ import contextlib
 import errno
 import importlib.util
 import json
+import os
 import secrets
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from ..errors import MigrationError, VfioError
+from ..errors import MigrationError, PostcopyError, VfioError
 from ..memory import GuestMemory
 from ..migration import Migration, MigrationResult, PageReceiver, Postcopy, stream
 from ..migration.compression import offer
@@ -38,7 +39,7 @@ from ..migration.transport import TlsFiles, listen
 from . import control
 from .demo import Seed, check_size, check_working_set, parse_size
 from .demo_report import Lines, Screen, Silent, milliseconds, rate
-from .destination import Destination
+from .destination import Background, Destination
 from .guest import Guest, Workload, fill, image_files
 from .plot import check_plot, plot_migration
 from .probe import amount
@@ -271,10 +272,19 @@ def serve(
         if phase is not Phase.OWNER:
             raise MigrationError(errno.ECANCELED, operation="migrate", hint="the guest stays at the source")
         status.update(stage="running")
+        ran: list[dict[str, Any]] = []
         if receiver.digest:
             _say(as_json, {"event": "verified", "sha256": receiver.digest.hex()}, f"SHA-256 {receiver.digest.hex()}")
-        done = here.run_on(receiver, run_for)
-        late = receiver.finish()
+        devices = Background(lambda: ran.append(here.run_on(receiver, run_for)))
+        try:
+            late = receiver.finish()
+        except PostcopyError as exc:        # devices wait for pages, and can't be stopped
+            listener.close()
+            print(f"vfiodma: {exc}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)
+        devices.finish()
+        done = ran[0]
         _say(as_json, {"event": "ran", **done}, f"the guest is here: {done['writes']:,} DMA writes to "
              f"{done['dirty_pages']:,} pages in {run_for:g} s, {done['faults']} faults")
         if late is not None and not as_json:

@@ -34,6 +34,7 @@ from .stream import COMPRESSED, RUN_SIZE, Checksum, Compression, Done, Header, K
 
 _NAP = 0.1              # seconds between looks at the end
 _REPORT = 0.5           # seconds between reports of the helper
+_HEARD = 30.0           # seconds for the other process to hear that the source is lost
 _START = 10.0           # seconds for the helper to start
 _LINGER = 5.0           # seconds for the source to hear that all is there, over another connection
 #: Of guests whose memory will not come: never freed, so that who touches a missing page never finds zeros.
@@ -320,6 +321,7 @@ class MissingMemory:
                     self.left = said["left"]
                     if "errno" in said:
                         self._failure = self._error(said["errno"], said["words"])
+                        control.sendall(b"heard\n")
                     elif "done" in said:
                         for pages in self._pages:
                             pages.close(abandon=True)       # all placed: by the helper
@@ -388,7 +390,7 @@ class _Helper:
         watcher.start()
         try:
             while not self._place_all():
-                if self._order() != b"again\n":
+                if not self._wanted_again():
                     return 1
             return 0
         finally:
@@ -399,6 +401,20 @@ class _Helper:
         with contextlib.suppress(OSError):
             return self._control.recv(64)
         return b""
+
+    def _wanted_again(self) -> bool:
+        """Wait until the other process wants to wait on; False: it does not, or none of its threads can say so."""
+        orders = b""
+        while not orders.endswith(b"again\n"):
+            self._control.settimeout(None if orders else _HEARD)
+            order = self._order()
+            if not order:
+                if not orders and not self._orphaned():     # somebody there waits for a page with the GIL
+                    os.write(2, b"vfiodma: the source is lost, and nobody here can be told: all wait for a page\n")
+                return False
+            orders += order
+        self._control.settimeout(None)
+        return True
 
     def _orphaned(self) -> bool:
         """Whether the other process is gone, or wants no more."""
