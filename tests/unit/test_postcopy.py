@@ -129,6 +129,23 @@ def test_a_connection_that_breaks_around_the_switch_costs_no_byte_and_no_owner(t
             assert pair.migration.source is None or pair.migration.source.handover.may_run
 
 
+def test_a_last_acknowledgement_that_is_lost_loses_no_page(tmp_path, source):
+    """The destination has thrown pages away that the source, which runs on, has to send again, now or later."""
+    with Pair(tmp_path, source, postcopy=Postcopy(1, when_needed=False), writes=300) as pair:
+        lost, send = [], FrameChannel.send
+
+        def lose(kind, *parts, **options):
+            if kind is Kind.ACK and pair.receiver.complete and not lost:
+                lost.append(pair.receiver.missing)
+                pair.receiver._channel.transport.interrupt()
+            return send(pair.receiver._channel, kind, *parts, **options)
+
+        pair.receiver._channel.send = lose
+        assert pair.receiver.serve() is Phase.OWNER
+        assert lost[0] > 0
+        pair.finish()
+
+
 def test_a_source_that_is_killed_is_an_error_that_says_how_many_pages_are_missing(tmp_path, source):
     with Pair(tmp_path, source, postcopy=Postcopy(0), bandwidth_limit=1e6, reconnect_timeout=0.1) as pair:
         assert pair.receiver.serve(0.3) is Phase.OWNER
