@@ -185,6 +185,18 @@ def dma_entry_limit(root: Path | str = "/") -> int | None:
     return _number(Path(root) / "sys/module/vfio_iommu_type1/parameters/dma_entry_limit")
 
 
+def run_delay() -> float:
+    """Return the seconds that this thread has stood ready without a CPU; 0 where the kernel does not count them.
+
+    Source: /proc/thread-self/schedstat, the second number.
+    """
+    try:
+        with open("/proc/thread-self/schedstat", "rb") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
 def _device(link: Path) -> Device:
     place = link.resolve()
     bus = os.path.basename(os.path.realpath(place / "subsystem")) if (place / "subsystem").exists() else ""

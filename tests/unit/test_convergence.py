@@ -128,6 +128,16 @@ def test_final_rounds_are_as_fast_as_those_that_devices_disturbed_least():
     assert convergence.link.seconds(26 * MIB) > 26 / 1024 / 1.7
 
 
+def test_waits_for_a_cpu_are_no_part_of_final_rounds():
+    convergence = Convergence()
+    for mib in (256, 60, 30, 28, 26):
+        convergence.observe(Sample(mib * MIB, mib / 1024, 26 * MIB, waited=mib / 1024 / 4))
+    assert convergence.link.seconds(26 * MIB, quiet=True) == pytest.approx(26 / 1024 * 3 / 4, rel=0.01)
+    assert convergence.link.seconds(26 * MIB) == pytest.approx(26 / 1024, rel=0.01)
+    convergence.observe(Sample(26 * MIB, 26 / 1024, 26 * MIB, waited=math.inf))
+    assert convergence.link.seconds(26 * MIB, quiet=True) > 0
+
+
 def test_zero_pages_of_the_first_round_are_not_taken_for_fixed_costs():
     convergence = Convergence()
     convergence.observe(Sample(1 << 20, 0.4, 64 * MIB, content_bytes=MIB, zero_bytes=4 * GIB))

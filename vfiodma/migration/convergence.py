@@ -215,7 +215,7 @@ class Convergence:
             self._spread.observe(expected - self._scan.seconds, took)
         self.rounds += 1
         content = clean(sample.nbytes if sample.content_bytes is None else sample.content_bytes)
-        self.link.observe(sample.nbytes, sample.seconds, sample.zero_bytes)
+        self.link.observe(sample.nbytes, sample.seconds, sample.zero_bytes, sample.waited)
         if content:     # the first round says little of how dirty pages compress, the later ones do
             self._density = min(1.0, clean(sample.nbytes) / content) if content > 0 else 1.0
         self._scan.observe(sample.scan)

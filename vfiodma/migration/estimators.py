@@ -71,6 +71,7 @@ class Sample:
     zero_bytes: int = 0             #: of memory, in pages sent as zeros
     acknowledgement: float = 0.0    #: seconds from the last byte to the acknowledgement
     scan: float = 0.0               #: seconds of the harvest
+    waited: float = 0.0             #: of ``seconds``, those in which the sender stood ready without a CPU
 
 
 @dataclass
@@ -101,10 +102,11 @@ class Link:
     def __init__(self) -> None:
         self.bandwidth = 0.0        #: bytes/s on the wire, with weights that halve every round; 0 = unknown
         self._samples: deque[tuple[float, float]] = deque(maxlen=_KEPT)
+        self._alone: deque[float] = deque(maxlen=_KEPT)         # seconds of these without the waits for a CPU
         self._bytes = self._seconds = 0.0
 
-    def observe(self, nbytes: float, seconds: float, zero_bytes: float = 0.0) -> None:
-        """Take in what a round sent, in bytes on the wire, and the seconds it took."""
+    def observe(self, nbytes: float, seconds: float, zero_bytes: float = 0.0, waited: float = 0.0) -> None:
+        """Take in what a round sent, in bytes on the wire, the seconds it took, and how many of them without a CPU."""
         seconds = max(clean(seconds), _SMALLEST)
         work = clean(nbytes) + clean(zero_bytes) * _ZERO_WORK
         self._bytes = self._bytes / 2 + clean(nbytes)
@@ -113,12 +115,14 @@ class Link:
         self.bandwidth = self._bytes / self._seconds
         if work:
             self._samples.append((work, seconds))
+            self._alone.append(max(seconds - clean(waited), seconds / 8))
 
     def seconds(self, nbytes: float, *, quiet: bool = False) -> float:
         """Return how long ``nbytes`` would take: infinity while nothing is known, 0 for nothing.
 
         ``quiet``: while devices stand still.  Running ones compete with the sender for CPUs and memory, in some rounds
-        more than in others: the two fastest rounds tell how it is without them.
+        more than in others: the two fastest rounds, without the time in which the sender stood ready but had no CPU,
+        tell how it is without them.
         """
         nbytes = clean(nbytes)
         if not nbytes:
@@ -129,7 +133,8 @@ class Link:
         line = fixed + nbytes * per_byte
         if not quiet:
             return line
-        fastest = sorted((seconds / work for work, seconds in self._samples if work > nbytes / _SIMILAR))[:2]
+        fastest = sorted(alone / work for (work, _), alone in zip(self._samples, self._alone, strict=True)
+                         if work > nbytes / _SIMILAR)[:2]
         return min(line, max(fixed, nbytes * math.sqrt(fastest[0] * fastest[-1]))) if fastest else line
 
     def _line(self, near: float) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from typing import Any
 from .._core.bitmap import DirtyBitmap
 from .._core.errno import error
 from ..errors import MigrationError, PostcopyError, VfioError
+from ..hostinfo import run_delay
 from ..memory import GuestMemory
 from . import stream
 from .bandwidth import BandwidthLimit
@@ -525,7 +526,7 @@ class PrecopySource(SourceLink):
             for name, chunk in self._devices.chunks() if tracker else self._devices.final_chunks():
                 self.limit.spend(len(chunk), self._check_cancel)
                 self._channel.send(Kind.STATE, stream.encode_state_name(name), chunk, epoch=epoch)
-        state, of_states, paused = time.perf_counter(), self._sent(), self._paused
+        state, of_states, paused, waited = time.perf_counter(), self._sent(), self._paused, run_delay()
         if self._pusher is None:
             totals = self._sender.send(self.ledger.take(), epoch)
         else:
@@ -535,6 +536,7 @@ class PrecopySource(SourceLink):
             self._cut = totals
             return None
         sent, page_bytes, paused = time.perf_counter(), self._sent() - of_states, self._paused - paused
+        waited = run_delay() - waited
         self._state_at, self._sent_at = state, sent
         self._channel.send(Kind.END, stream.encode_totals(totals), epoch=epoch,
                            flags=0 if tracker else stream.FINAL | (stream.LATER if self._pusher else 0))
@@ -553,7 +555,7 @@ class PrecopySource(SourceLink):
             interval, self._harvested_at = harvested - self._harvested_at, harvested
             self.convergence.observe(Sample(
                 page_bytes, sent - state - paused, dirty * layout.pgsize, interval, totals.pages * layout.pgsize,
-                totals.zero_pages * layout.pgsize, acked - sent, harvested - acked))
+                totals.zero_pages * layout.pgsize, acked - sent, harvested - acked, waited))
         return Round(epoch, totals.pages, totals.zero_pages, nbytes, seconds, dirty, nbytes / seconds, None,
                      final=tracker is None)
 
