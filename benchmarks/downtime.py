@@ -8,7 +8,8 @@ bytes.
     python benchmarks/downtime.py --size 4G --runs 100
 
 A run that missed the limit is shown with its parts, and with the time that the threads in question stood ready while
-something else had their CPU ("waited", from the kernel's schedstat).
+something else had their CPU ("waited", from the kernel's schedstat), and what a
+virtual machine's host took from its CPUs (in steps of 10 ms, from /proc/stat).
 """
 import argparse
 import contextlib
@@ -77,6 +78,13 @@ def waits(pids: list[int]) -> dict[Path, float]:
     return found
 
 
+def stolen() -> float:
+    """Return the seconds that the host of this virtual machine took from its CPUs; 0 if unknown."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path("/proc/stat").read_text().split("\n", 1)[0].split()[8]) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 def pressure() -> float:
     """Return the share of the last 10 seconds in which something on this machine waited for a CPU; 0 if unknown."""
     with contextlib.suppress(OSError):
@@ -120,14 +128,14 @@ class Guest:
 
     def migrate(self, *, verify: bool) -> dict[str, Any]:
         """Migrate once; the guest stays, and runs on."""
-        pids, before = [os.getpid(), self._child.pid], {}
+        pids, before, taken = [os.getpid(), self._child.pid], {}, 0.0
         wrote = [0, 0.0]
 
         def on_event(event: object) -> None:
-            nonlocal before
+            nonlocal before, taken
             if isinstance(event, Stage) and event.name == "stopped":
                 wrote[:] = [self.writers.writes - moving, time.perf_counter() - began]
-                before = waits(pids)
+                before, taken = waits(pids), stolen()
 
         moving, began = self.writers.writes, time.perf_counter()
         tracker = DirtyTracker(self.ioas, self.layout, cpu_writes="off")    # nobody else writes here
@@ -135,6 +143,7 @@ class Guest:
                            on_event=on_event) as source:
             source.introduce(self.memory)
             result = source.migrate(self.layout, tracker, self.writers)
+            taken = stolen() - taken
             delay = sum(seconds - before.get(path, 0.0) for path, seconds in waits(pids).items())
             if verify:
                 here, there = source.verify(self.layout)
@@ -145,7 +154,7 @@ class Guest:
         return {"downtime": result.downtime, "predicted": result.predicted_downtime, "band": result.band,
                 "parts": asdict(result.breakdown), "rounds": len(result.rounds), "bytes": last.bytes,
                 "final_pages": last.pages + last.zero_pages, "seconds": result.seconds, "converged": result.converged,
-                "rate": wrote[0] * self.writers.devices[0].block / wrote[1], "waited": delay,
+                "rate": wrote[0] * self.writers.devices[0].block / wrote[1], "waited": delay, "stolen": taken,
                 "pressure": pressure()}
 
 
@@ -162,7 +171,8 @@ def why(run: dict[str, Any], usual: dict[str, float]) -> str:
     text = f"{name} took {run['parts'][name] * 1e3:.1f} ms, usually {usual[name] * 1e3:.1f}"
     if not run["converged"]:
         text += "; the limit was known to be out of reach"
-    return f"{text}; threads of both processes waited {run['waited'] * 1e3:.1f} ms for a CPU meanwhile"
+    return f"{text}; threads of both processes waited {run['waited'] * 1e3:.1f} ms for a CPU meanwhile, " \
+           f"the host took {run['stolen'] * 1e3:.0f} ms"
 
 
 def summarize(runs: list[dict[str, Any]], limit: float) -> dict[str, Any]:
