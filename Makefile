@@ -43,9 +43,9 @@ test: build test-c
 ifdef PYTEST
 	$(BIN)/python -m pytest $(PYTEST)
 else
-	@mkdir -p build; $(MAKE) --no-print-directory lab-short >build/lab-short.log 2>&1 & lab=$$!; trap 'kill $$lab 2>/dev/null' EXIT; \
+	@mkdir -p build; $(MAKE) --no-print-directory lab-short >build/lab-short.log 2>&1 & lab=$$!; trap "kill $$lab 2>/dev/null" EXIT; \
 	$(BIN)/python -m pytest --ignore=tests/lab/test_differential.py; tests=$$?; \
-	echo "Tests in a kernel of the lab, which ran meanwhile"; wait $$lab; lab=$$?; cat build/lab-short.log; exit $$((tests | lab))
+	echo "Tests in a kernel of the lab, which ran meanwhile"; wait $$lab; guests=$$?; trap - EXIT; cat build/lab-short.log; exit $$((tests | guests))
 endif
 
 test-c:
